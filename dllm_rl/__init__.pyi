@@ -50,14 +50,10 @@ from .frontend.grpo import grpo as grpo
 from .frontend.grpo import grpo_recipe as grpo_recipe
 from .integrations.oracle import Oracle as Oracle
 from .likelihoods.estimators import ELBO as ELBO
-from .likelihoods.estimators import EUBO as EUBO
-from .likelihoods.estimators import BlockELBO as BlockELBO
 from .likelihoods.estimators import Causal as Causal
 from .likelihoods.estimators import Coupled as Coupled
 from .likelihoods.estimators import LikelihoodEstimator as LikelihoodEstimator
 from .likelihoods.estimators import OneStep as OneStep
-from .likelihoods.estimators import Quadrature as Quadrature
-from .likelihoods.estimators import Sandwich as Sandwich
 from .likelihoods.estimators import Trajectory as Trajectory
 from .models.base import FamilySpec as FamilySpec
 from .models.base import Policy as Policy

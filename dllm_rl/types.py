@@ -710,8 +710,6 @@ class Views(_Movable):
         masked: Positions hidden from the model in view n.
         coefficients: Coefficient of the position's log-prob in view n, of either sign; 0 where the position is not
             scored.
-        upper_bound_weight: Weight per row of the upper bound of `Sandwich`, in [0, 1]. None (default): lower bound
-            only.
         features: Tensors of optional features, in the order in which they change a view, and an estimator's additional
             tensors.
         inverse_chances: 1 / the chance with which the token's denoising step was drawn (`draw_steps`), by which the
@@ -723,7 +721,6 @@ class Views(_Movable):
 
     masked: Bool[Tensor, "N B T"]
     coefficients: Float[Tensor, "N B T"]
-    upper_bound_weight: Float[Tensor, " B"] | None = None
     features: tuple[ViewTensors, ...] = ()
     inverse_chances: Float[Tensor, "1 B T"] | None = None
 

@@ -14,7 +14,7 @@ from tiny_recipe import tiny_recipe, with_changes
 from dllm_rl.algorithms import correctors, losses
 from dllm_rl.cli.options import read_methods
 from dllm_rl.config import from_command_line, override
-from dllm_rl.likelihoods.estimators import ELBO, BlockELBO, Sandwich, Trajectory
+from dllm_rl.likelihoods.estimators import ELBO, Trajectory
 from dllm_rl.models.lora_settings import Lora
 from dllm_rl.quantization.schemes import FakeQuantize, Int4WeightOnly, Int8WeightOnly
 from dllm_rl.samplers.cache import DualCache, PrefixCache
@@ -27,6 +27,7 @@ from dllm_rl.testing import make_stats
 from dllm_rl.training.cautions import cautions
 from recipes import sudoku_unique
 from recipes.examples import turns
+from recipes.examples.bounds import BlockELBO, Sandwich
 from recipes.studies.likelihoods.surrogates import __name__ as surrogates
 from recipes.sudoku_unique import __file__ as main_job_file
 
@@ -102,9 +103,14 @@ def test_scalars_at_every_depth(recipe):
     [
         ("--lora Lora --lora.r 4", "lora", Lora(r=4)),
         ("--likelihood.num_segments 2", "likelihood", Trajectory(num_segments=2)),
-        ("--likelihood BlockELBO --likelihood.block_size 4", "likelihood", BlockELBO(block_size=4)),
         (
-            "--likelihood Sandwich --likelihood.mix 0.25 --likelihood.base ELBO --likelihood.base.num_samples 2",
+            "--likelihood recipes.examples.bounds.BlockELBO --likelihood.block_size 4",
+            "likelihood",
+            BlockELBO(block_size=4),
+        ),
+        (
+            "--likelihood recipes.examples.bounds.Sandwich --likelihood.mix 0.25 --likelihood.base ELBO "
+            "--likelihood.base.num_samples 2",
             "likelihood",
             Sandwich(mix=0.25, base=ELBO(num_samples=2)),
         ),
@@ -297,7 +303,7 @@ def test_a_script_of_the_recipes(recipe):
         ("--kl PPOClip", "kl='PPOClip' is not known (K1, K2, K3)"),
         ("--loss.epsilon 0.1", "choose it by --loss, one of"),
         ("--sampler.commit Threshold", "needs --sampler.commit.tau"),
-        ("--likelihood BlockELBO", "needs --likelihood.block_size"),
+        ("--likelihood recipes.examples.bounds.BlockELBO", "needs --likelihood.block_size"),
         ("--preset d2", "preset='d2' is not one of large"),
         ("--config nowhere.yaml", "config='nowhere.yaml': No such file"),
         ("--corrector.help TSI", "the nearest is TIS"),

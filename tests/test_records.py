@@ -85,7 +85,7 @@ def test_no_constant_is_negative_or_zero_or_not_finite(function, keyword):
 
 def test_the_list_has_all_kinds():
     found = {param.id for param in constants()}
-    assert {"TIS-cap", "VESPO-lam_neg", "Sandwich-mix", "Remask-eta", "FixedLengthMean-length", "GDSD-psi"} <= found
+    assert {"TIS-cap", "VESPO-lam_neg", "Remask-eta", "FixedLengthMean-length", "GDSD-psi"} <= found
     assert len(found) > 60
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Generator, Tensor
 
 from dllm_rl import (
-    AIS, CISPO, ELBO, EUBO, GSPO, K1, MIS, SFT, TIS, AdamW, Autoregress, BlockELBO, Compose, Corrector, Coupled,
+    AIS, CISPO, ELBO, GSPO, K1, MIS, SFT, TIS, AdamW, Autoregress, Compose, Corrector, Coupled,
     Float8WeightOnly, GroupRelative, IcePop, Int4WeightOnly, Lora, Loss, MaxProb, Policy, PPOClip, PrefixCache, Prompts,
     Recipe, Reject, Rollout, Sampler, SoftThreshold, Sudoku, Task, TokenMean, TokenStats, TokenWeights, Trajectory,
     Unmask, evaluate, grpo, grpo_recipe, load_policy, option, quantized_copy, sft, tiny_masked_lm, train,
@@ -66,7 +66,7 @@ recipe = Recipe(
     lora=Lora(r=8),
 )
 again: Recipe = recipe.replace(corrector=AIS(tau=0.1), likelihood=ELBO(num_samples=2), loss=GSPO())
-others = (EUBO(base=Coupled()), BlockELBO(block_size=4), CISPO(max_ratio=4), Squared())
+others = (Coupled(num_samples=2), CISPO(max_ratio=4), Squared())
 reward: float = train(again)["final_reward"]
 policy = load_policy("folder", lora=Lora(r=8))
 copy: Policy = quantized_copy(policy, Int4WeightOnly(group_size=64))

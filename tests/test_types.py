@@ -1,9 +1,11 @@
 """The records that flow, by hand: padding on either side, rows that are taken, replaced and not scored."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from dllm_rl.types import (
     Order,
@@ -11,6 +13,7 @@ from dllm_rl.types import (
     Rollout,
     SamplingParams,
     Views,
+    ViewTensors,
     any_in_group,
     equal_groups,
     group_numbers,
@@ -126,17 +129,22 @@ def test_rollouts_of_different_settings_are_not_put_together():
             plain.replace_rows(torch.tensor([0, 1]), other, pad_id=0)
 
 
+@dataclass(frozen=True)
+class PerRow(ViewTensors):
+    values: Float[Tensor, " B"]
+
+
 def test_masks_of_rows_and_rows_that_are_not_scored():
     """Two views of three rows; no view scores the last."""
     weight = torch.tensor([[[0.0, 2.0], [0.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [3.0, 0.0], [0.0, 0.0]]])
-    noise = Views(weight != 0, weight, torch.tensor([0.25, 0.5, 0.75]))
+    noise = Views(weight != 0, weight, features=(PerRow(torch.tensor([0.25, 0.5, 0.75])),))
     assert noise.scored(torch.ones(3, 2, dtype=torch.bool)).tolist() == [[True, True], [True, True], [False, False]]
     taken = noise.rows(torch.tensor([1, 0]))
     assert taken.coefficients.tolist() == [[[0, 0], [0, 2]], [[3, 0], [0, 0]]]
-    assert torch.equal(taken.masked, taken.coefficients != 0) and taken.upper_bound_weight.tolist() == [0.5, 0.25]
+    assert torch.equal(taken.masked, taken.coefficients != 0) and taken.features[0].values.tolist() == [0.5, 0.25]
     only = noise.restrict_to_rows(torch.tensor([True, False, True]))
     assert only.coefficients.tolist() == [[[0, 2], [0, 0], [0, 0]], [[0, 0], [0, 0], [0, 0]]]
-    assert torch.equal(only.masked, noise.masked) and only.upper_bound_weight is noise.upper_bound_weight
+    assert torch.equal(only.masked, noise.masked) and only.features == noise.features
 
 
 @pytest.mark.parametrize("top_p", [0.0, -0.1, 1.5, float("nan")])

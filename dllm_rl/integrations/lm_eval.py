@@ -44,7 +44,6 @@ class HarnessModel(TemplateLM):
         policy: Policy to evaluate.
         sampler: `Unmask` or `Autoregress`. Its completions end at `until` of a task's generation settings.
         likelihood: Estimator of log-probs in nats that needs no recorded unmasking: Causal(), ELBO(), Coupled(),
-            Quadrature() ...
         is_task_length: Whether `max_gen_toks` of a task's generation settings (or another of `LENGTH_NAMES`) replaces
             the sampler's max_new_tokens. Default: False.
         batch_size: Rows per forward. Default: 32.

@@ -86,27 +86,6 @@ def coupled_views(
     ]
 
 
-def block_view(
-    completion: Bool[Tensor, "B T"],
-    keys: Float[Tensor, "B T"],
-    u_block: Float[Tensor, "B 1"],
-    u_count: Float[Tensor, "B 1"],
-    *,
-    block_size: int,
-) -> tuple[Bool[Tensor, "B T"], Float[Tensor, "B T"]]:
-    """Choose one of the row's N blocks uniformly, and mask k of its L positions, with weight N L/k.
-
-    Earlier blocks are not masked. Later blocks are masked, and not scored.
-    """
-    block = block_index(completion, block_size)
-    num_blocks = block.amax(-1, keepdim=True) + 1
-    chosen = uniform_index(u_block, num_blocks)
-    inside = completion & (block == chosen)
-    k = 1 + uniform_index(u_count, inside.sum(-1, keepdim=True))
-    masked, weight = k_masked_view(inside, keys, k)
-    return masked | (completion & (block > chosen)), weight * num_blocks
-
-
 def block_index(completion: Bool[Tensor, "B T"], block_size: int) -> Int[Tensor, "B T"]:
     """Return the block of each completion position, -1 outside the completion. Only completion positions count."""
     offset = completion.long().cumsum(-1) - 1

@@ -158,7 +158,7 @@ def test_the_names_of_model_args(model, causal_model):
         ({"num_step": 2}, "num_step=2 is no setting of Unmask, the sampler of"),
         ({"likelihood": "exact"}, "likelihood='exact' is not known; the nearest is"),
         ({"likelihood": "none"}, "likelihood=none scores nothing; name an estimator, such as ELBO"),
-        ({"likelihood": "BlockELBO"}, "likelihood BlockELBO needs likelihood.block_size"),
+        ({"likelihood": "recipes.examples.bounds.BlockELBO"}, "BlockELBO needs likelihood.block_size"),
         ({"likelihood.nodes": 2}, "likelihood.nodes is no setting of ELBO; leave it out"),
         ({"likelihood": "Trajectory"}, "replays a recorded unmasking"),
         ({"commit": "Threshold"}, "commit Threshold needs commit.tau"),

@@ -13,6 +13,7 @@ from repetitions import slow
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.estimators import FunctionLikelihood
 from dllm_rl.records import subclasses
+from recipes.examples import bounds
 
 COMPLETION, ROWS = [2, 0, 1], 4000
 TOY = TablePolicy(length=3, words=3, seed=2)
@@ -25,8 +26,8 @@ OPTIONS = {
         "antithetic": (True, False),
     },
     lik.Coupled: {"num_samples": (1, 3)},
-    lik.Quadrature: {"nodes": (1, 2, 3)},
-    lik.BlockELBO: {"block_size": (1, 2, 3), "num_samples": (1, 2, 3)},
+    bounds.Quadrature: {"nodes": (1, 2, 3)},
+    bounds.BlockELBO: {"block_size": (1, 2, 3), "num_samples": (1, 2, 3)},
     lik.Trajectory: {
         "num_segments": (None, 1, 2),
         "variance_growth": (None,),  # the draw comes after the views: test_drawn_steps.py
@@ -34,9 +35,11 @@ OPTIONS = {
         "self_conditioning": ("detached", "full"),
         "block_size": (None,),  # packed views give the bits of the other ones: test_scoring.py
     },
-    lik.EUBO: {"beta": (0.5, 1.5)},
-    lik.Sandwich: {"beta": (0.5, 1.5), "mix": (0.0, 0.25, 1.0)},
+    bounds.EUBO: {"beta": (0.5, 1.5)},
+    bounds.Sandwich: {"beta": (0.5, 1.5), "mix": (0.0, 0.25, 1.0)},
 }
+
+OF_THE_EXAMPLE = (bounds.Quadrature, bounds.BlockELBO, bounds.EUBO, bounds.Sandwich)
 
 
 def cases(*makers):
@@ -52,7 +55,9 @@ def named(value):
 
 
 def test_every_option_is_listed():
-    assert {*subclasses(lik.LikelihoodEstimator).values()} == {*OPTIONS, lik.Causal, FunctionLikelihood}
+    assert {*subclasses(lik.LikelihoodEstimator).values()} == {*OPTIONS, lik.Causal, FunctionLikelihood} - {
+        *OF_THE_EXAMPLE
+    }
     for make, options in OPTIONS.items():
         assert {*options} == {field.name for field in fields(make)} - {"base"}
 
@@ -80,12 +85,12 @@ def expected(make, nodes=None, block_size=None, num_segments=None, **options):
                 second = scored(ALL - m, ALL - m) * 4 / (3 - k) if k < 3 else 0.0
                 total += (first + second) / 2 / 4 / math.comb(3, k)
         return total
-    if make is lik.Quadrature:  # Gauss-Legendre on [0, 1]; k = floor(3 t) + 1
+    if make is bounds.Quadrature:  # Gauss-Legendre on [0, 1]; k = floor(3 t) + 1
         away = math.sqrt(0.15)
         rule = {1: {0.5: 1.0}, 2: {0.5 - math.sqrt(1 / 12): 0.5, 0.5 + math.sqrt(1 / 12): 0.5}}
         rule[3] = {0.5 - away: 5 / 18, 0.5: 8 / 18, 0.5 + away: 5 / 18}
         return sum(weight * of_size(math.floor(3 * t) + 1) for t, weight in rule[nodes].items())
-    assert make is lik.BlockELBO
+    assert make is bounds.BlockELBO
     blocks = [range(start, min(start + block_size, 3)) for start in range(0, 3, block_size)]
     return sum(elbo_by_hand(TOY, COMPLETION, block, later=range(block.stop, 3)) for block in blocks)
 
@@ -116,8 +121,8 @@ OFTEN = [
     (lik.ELBO, {"num_samples": 2, "stratified": True, "antithetic": False}),
     (lik.ELBO, {"num_samples": 4, "stratified": True, "antithetic": True}),
     (lik.Coupled, {"num_samples": 3}),
-    (lik.Quadrature, {"nodes": 3}),
-    (lik.BlockELBO, {"block_size": 2, "num_samples": 2}),
+    (bounds.Quadrature, {"nodes": 3}),
+    (bounds.BlockELBO, {"block_size": 2, "num_samples": 2}),
 ]
 
 
@@ -125,7 +130,7 @@ OFTEN = [
     ("make", "settings"),
     [
         case if case in OFTEN else slow(*case)
-        for case in cases(lik.OneStep, lik.ELBO, lik.Coupled, lik.Quadrature, lik.BlockELBO)
+        for case in cases(lik.OneStep, lik.ELBO, lik.Coupled, bounds.Quadrature, bounds.BlockELBO)
     ],
     ids=named,
 )
@@ -152,10 +157,10 @@ def test_the_mean_of_a_trajectory_is_that_of_its_segments(settings):
     assert_mean(estimator, as_rollout(TOY, [key] * ROWS), by_hand)
 
 
-BASES = [made(*case) for case in cases(lik.ELBO, lik.Coupled, lik.Quadrature, lik.BlockELBO)]
+BASES = [made(*case) for case in cases(lik.ELBO, lik.Coupled, bounds.Quadrature, bounds.BlockELBO)]
 
 
-@pytest.mark.parametrize(("make", "settings"), cases(lik.EUBO, lik.Sandwich), ids=named)
+@pytest.mark.parametrize(("make", "settings"), cases(bounds.EUBO, bounds.Sandwich), ids=named)
 @pytest.mark.repeated(every=3)
 def test_bounds_are_the_formula_of_the_views_of_every_base(make, settings):
     """Position by position, in Python floats: (1/beta) log sum_n w_n p_i(m_n)^beta, and its mix with sum_n w_n l_i."""
@@ -177,5 +182,5 @@ def test_bounds_are_the_formula_of_the_views_of_every_base(make, settings):
                 lower = sum(w * logp for w, logp in terms)
                 mass = sum(w * math.exp(beta * logp) for w, logp in terms)
                 upper = math.log(mass) / beta if mass else 0.0
-                weight = mix if make is lik.EUBO or advantage < 0 else 0.0
+                weight = mix if make is bounds.EUBO or advantage < 0 else 0.0
                 assert logps[row][i] == pytest.approx(weight * upper + (1 - weight) * lower, abs=1e-4)

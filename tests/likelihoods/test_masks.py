@@ -3,11 +3,8 @@
 from dataclasses import replace
 
 import torch
-from likelihood_toys import TablePolicy
 
-from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.masks import (
-    block_view,
     coupled_views,
     ranks,
     row_generators,
@@ -34,19 +31,6 @@ def test_a_stratified_uniform_that_rounds_to_one_chooses_the_last():
     assert uniform_index(u, torch.tensor([[3], [3], [3], [0]])).tolist() == [[0], [1], [2], [0]]
 
 
-def test_the_strata_of_blocks_say_nothing_of_how_much_of_each_is_hidden():
-    """Block and number hidden are independent: with both in strata of the same sample, an early block would always have
-    few hidden, and a late one many."""
-    rollout = TablePolicy(length=4, words=2, seed=0).rollout(torch.tensor([[0, 1, 0, 1]]))
-    estimator, seen = lik.BlockELBO(block_size=2, num_samples=2), [set(), set()]
-    for seed in range(40):
-        noise = estimator.draw_views(rollout, seeded(seed))
-        for sample, weight in enumerate(noise.coefficients[:, 0]):
-            scored = (weight != 0).nonzero()[:, 0] - 1  # after one prompt token
-            seen[sample].add((int(scored[0]) // 2, len(scored)))
-    assert seen == [{(0, 1), (0, 2)}, {(1, 1), (1, 2)}]
-
-
 def test_coupled_views_worked_by_hand():
     """Three tokens, one masked: weight (3 + 1) / (2 * 1) there, (3 + 1) / (2 * 2) on the two others."""
     inside = torch.tensor([[True, True, True, False]])
@@ -55,16 +39,6 @@ def test_coupled_views_worked_by_hand():
     )
     assert first.tolist() == [[False, True, False, False]] and second.tolist() == [[True, False, True, False]]
     assert first_weight.tolist() == [[0.0, 2.0, 0.0, 0.0]] and second_weight.tolist() == [[1.0, 0.0, 1.0, 0.0]]
-
-
-def test_block_view_worked_by_hand():
-    """Three blocks of two; the second is chosen, one of its tokens masked: weight 3 blocks * 2 / 1. The first block is
-    visible, the third is masked and not scored."""
-    keys = torch.tensor([[0.3, 0.2, 0.9, 0.1, 0.5, 0.6]])
-    half, low = torch.tensor([[0.5]]), torch.tensor([[0.1]])
-    masked, weight = block_view(torch.ones(1, 6, dtype=torch.bool), keys, half, low, block_size=2)
-    assert masked.tolist() == [[False, False, False, True, True, True]]
-    assert weight.tolist() == [[0.0, 0.0, 0.0, 6.0, 0.0, 0.0]]
 
 
 def test_the_draws_of_a_group_stay_those_of_its_first_row_in_whatever_order_its_rows_are():

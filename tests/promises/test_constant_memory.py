@@ -26,6 +26,7 @@ from dllm_rl.step.settings import UpdateSettings
 from dllm_rl.step.update import forward_backward, update
 from dllm_rl.testing import make_stats
 from dllm_rl.types import Batch, Prompts
+from recipes.examples import bounds
 
 SMALL = {
     "characters": "abcdefgh",
@@ -39,10 +40,8 @@ ESTIMATORS = {
     "one_step": lik.OneStep(),
     "elbo": lik.ELBO(num_samples=4, antithetic=True),
     "coupled": lik.Coupled(num_samples=2),
-    "quadrature": lik.Quadrature(nodes=2),
-    "block": lik.BlockELBO(block_size=3, num_samples=2),
-    "eubo": lik.EUBO(base=lik.Coupled(num_samples=2)),
-    "sandwich": lik.Sandwich(base=lik.ELBO(num_samples=3)),
+    "eubo": bounds.EUBO(base=lik.Coupled(num_samples=2)),
+    "sandwich": bounds.Sandwich(base=lik.ELBO(num_samples=3)),
     "trajectory": lik.Trajectory(),
     "trajectory, merged": lik.Trajectory(num_segments=2),
     "causal": lik.Causal(),

@@ -29,6 +29,7 @@ from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.training.late_rollouts.schedule import InProcessPool
 from dllm_rl.training.trainer import train
 from dllm_rl.types import Prompts
+from recipes.examples import bounds
 
 pytestmark = pytest.mark.usefixtures("no_rehearsal")
 
@@ -61,7 +62,7 @@ def recipe(tmp_path, likelihood, **changes) -> Recipe:
     return with_changes(base, **changes)
 
 
-MASKED = [lik.Coupled(num_samples=2), lik.Sandwich()]
+MASKED = [lik.Coupled(num_samples=2), bounds.Sandwich()]
 
 
 @contextmanager
@@ -105,9 +106,9 @@ def test_old_rollout_reference_and_current_share_one_noise_object(estimator, fre
     assert all(noise is second[0][1] for _, noise in second)
     assert not (fresh and torch.equal(order[4].masked, order[0].masked))
     assert len({id(policy) for policy, _ in seen}) == 3
-    if isinstance(estimator, lik.Sandwich):
-        assert (advantages[-1] < 0).any() and (advantages[-1] > 0).any() and len(order[4].upper_bound_weight) == 16
-        assert torch.equal(order[4].upper_bound_weight, torch.where(advantages[-1] < 0, 0.5, 0.0))
+    if isinstance(estimator, bounds.Sandwich):
+        assert (advantages[-1] < 0).any() and (advantages[-1] > 0).any() and len(order[4].features[-1].weight) == 16
+        assert torch.equal(order[4].features[-1].weight, torch.where(advantages[-1] < 0, 0.5, 0.0))
 
 
 @pytest.mark.parametrize(
@@ -166,8 +167,8 @@ def test_updates_on_fresh_masks_may_have_nothing_to_learn_from(tmp_path):
 
 
 ESTIMATORS = [
-    *(lik.OneStep(), lik.ELBO(), lik.Coupled(), lik.Quadrature(), lik.EUBO(), lik.Sandwich(), lik.Trajectory()),
-    *(lik.OneStep(prompt_mask=0.0), lik.Causal(), lik.BlockELBO(block_size=4)),
+    *(lik.OneStep(), lik.ELBO(), lik.Coupled(), lik.Trajectory()),
+    *(lik.OneStep(prompt_mask=0.0), lik.Causal()),
     *(lik.Trajectory(num_segments=2), lik.Trajectory(variance_growth=0.5)),
 ]
 
@@ -184,7 +185,7 @@ def test_random_says_whether_two_draws_differ(estimator):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [lik.OneStep, lik.ELBO, lik.Coupled, lik.Quadrature, lik.Trajectory])
+@pytest.mark.parametrize("kind", [lik.OneStep, lik.ELBO, lik.Coupled, lik.Trajectory])
 def test_training_leaves_the_global_generators_alone(kind, tmp_path):
     with global_generators_unmoved():
         train(recipe(tmp_path, kind(), sft_warmup_steps=2, log_completions_steps=1, report_to="tensorboard"))

@@ -7,7 +7,7 @@ import torch
 
 from dllm_rl.algorithms import correctors as c
 from dllm_rl.algorithms.losses import PPOClip, Reinforce
-from dllm_rl.likelihoods.estimators import ELBO, EUBO, FunctionLikelihood, Sandwich, Trajectory
+from dllm_rl.likelihoods.estimators import ELBO, FunctionLikelihood, Trajectory
 from dllm_rl.testing import enumeration
 from dllm_rl.testing.enumeration import (
     CLAIMS,
@@ -23,6 +23,7 @@ from dllm_rl.testing.enumeration import (
     references,
     speaks_against,
 )
+from recipes.examples.bounds import EUBO, Sandwich
 from recipes.studies.likelihoods.surrogates import UniformSteps
 
 pytestmark = pytest.mark.slow

@@ -2,12 +2,15 @@
 
 import math
 from dataclasses import replace
+from functools import cache
 from itertools import combinations, permutations
 
 import torch
 
+from dllm_rl.likelihoods import estimators as lik
+from dllm_rl.likelihoods.masks import k_masked_view
 from dllm_rl.models.checkpoint.families import DIFFUSION_LM
-from dllm_rl.types import Rollout, SamplingParams
+from dllm_rl.types import Rollout, SamplingParams, Views
 
 
 class TablePolicy:
@@ -112,3 +115,34 @@ def eubo_by_hand(policy: TablePolicy, tokens, beta: float) -> float:
             mean += inside / (k * len(masks))
         total += math.log(mean) / beta
     return total
+
+
+LENGTH, WORDS = 3, 3
+COMPLETION = [2, 0, 1]
+TOY = TablePolicy(length=LENGTH, words=WORDS, seed=0)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def orders(length: int, prompt: int = 1):
+    """Every order of the completion's positions, as keys (1, T)."""
+    for order in permutations(range(length)):
+        keys = torch.full((1, prompt + length), torch.inf)
+        keys[0, prompt:] = torch.tensor(order, dtype=torch.float)
+        yield keys
+
+
+def summed(policy, rollout, views, estimator=lik.ELBO()) -> float:
+    """The estimate that these views give together, a mean over as many samples as there are views' weights for."""
+    noise = Views(*(torch.stack(column) for column in zip(*views, strict=True)))
+    return estimator.logprobs(policy, rollout, noise).double().sum().item()
+
+
+@cache
+def all_exact(length: int):
+    """(masked, weight) for every k and every order, weights divided by their number: the whole of elbo's randomness."""
+    inside = torch.tensor([[False] + [True] * length])
+    views = [k_masked_view(inside, keys, torch.tensor([[k]])) for keys in orders(length) for k in range(1, length + 1)]
+    return [(masked, weight / len(views)) for masked, weight in views]

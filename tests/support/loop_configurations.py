@@ -8,11 +8,12 @@ from tiny_recipe import SIZES, OddPuzzles, tiny_recipe
 
 from dllm_rl.algorithms.correctors import TIS, Compose, QaRL, Reject
 from dllm_rl.algorithms.losses import K2
-from dllm_rl.likelihoods.estimators import ELBO, Coupled, OneStep, Sandwich, Trajectory
+from dllm_rl.likelihoods.estimators import ELBO, Coupled, OneStep, Trajectory
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.samplers.rules import Confidence
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.training.trainer import train
+from recipes.examples.bounds import Sandwich
 
 MODEL = partial(tiny_masked_lm, **SIZES | {"num_layers": 2})
 PAIRS = {"num_generations": 2, "train_batch_size": 8}

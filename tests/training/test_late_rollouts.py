@@ -33,7 +33,7 @@ from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.integrations import ray_pool
 from dllm_rl.integrations.ray_pool import MAX_ATTEMPTS, RayWorkerPool, check_copies, ray_workers
 from dllm_rl.integrations.serving.engine import HTTPEngine
-from dllm_rl.likelihoods.estimators import ELBO, Coupled, OneStep, Sandwich, Trajectory
+from dllm_rl.likelihoods.estimators import ELBO, Coupled, OneStep, Trajectory
 from dllm_rl.models.base import copied
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.lora_settings import Lora
@@ -61,6 +61,7 @@ from dllm_rl.training.make_step import make_step
 from dllm_rl.training.policies import RolloutCopy, build_policy, make_optimizer
 from dllm_rl.training.trainer import train
 from dllm_rl.types import Logprobs, Rollout, Views
+from recipes.examples.bounds import Sandwich
 
 pytestmark = pytest.mark.usefixtures("no_rehearsal")
 

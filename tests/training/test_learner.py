@@ -13,12 +13,13 @@ from tiny_recipe import ONE_PUZZLE, SIZES, tiny_recipe
 
 from dllm_rl import Confidence, MaxProb, Prompts, Unmask, tiny_masked_lm
 from dllm_rl.algorithms.correctors import Aligned, NoCorrection
-from dllm_rl.likelihoods.estimators import EUBO, Coupled, Sandwich, Trajectory
+from dllm_rl.likelihoods.estimators import Coupled, Trajectory
 from dllm_rl.models.base import trainable_parameters
 from dllm_rl.step import update
 from dllm_rl.step.update import update_direction
 from dllm_rl.training.trainer import train
 from dllm_rl.types import Batch
+from recipes.examples.bounds import EUBO, Sandwich
 
 pytestmark = pytest.mark.usefixtures("no_rehearsal")
 

@@ -47,7 +47,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dllm_rl import ELBO, TIS, Confidence, Coupled, MaxProb, OneStep, Sandwich, Threshold, Trajectory, Unmask
+from dllm_rl import ELBO, TIS, Confidence, Coupled, MaxProb, OneStep, Threshold, Trajectory, Unmask
 from dllm_rl.algorithms.correctors import TokenStats
 from dllm_rl.files import read_json, write_json
 from dllm_rl.likelihoods.estimators import FunctionLikelihood, LikelihoodEstimator
@@ -56,6 +56,7 @@ from dllm_rl.samplers.renoise import accept
 from dllm_rl.samplers.rules import order_probability, steps_per_block
 from dllm_rl.testing.enumeration import ToyPolicy
 from dllm_rl.types import Order, Rollout, SamplingParams, Views
+from recipes.examples import bounds
 from recipes.examples.fork_grpo import Fork, ForkSteps
 from recipes.examples.informed_masking import informed_masks
 from recipes.examples.just_grpo_fast import LeastCertain
@@ -606,7 +607,7 @@ ROWS = {
     "ELBO, 4 samples": Row(LLADA, fixed(ELBO(num_samples=4))),
     "Coupled": Row(LLADA, fixed(Coupled()), draws=coupled_draws(1)),
     "ESPO": Row(LLADA, fixed(Coupled(num_samples=2)), 1 / LENGTH, coupled_draws(2)),
-    "SPG": Row(LLADA, fixed(Sandwich())),
+    "SPG": Row(LLADA, fixed(bounds.Sandwich())),
     "Informed Masking": Row(LLADA, lambda policy: FunctionLikelihood(function=partial(informed_masks, policy=policy))),
     "ForkGRPO": Row(unmask(rank=Confidence(), commit=Fork()), fixed(ForkSteps())),
     "threshold on the likeliest": Row(unmask(rank=MaxProb(), commit=Threshold(tau=0.8)), fixed(Trajectory())),

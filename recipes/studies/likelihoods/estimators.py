@@ -28,6 +28,7 @@ from dllm_rl.step.update import forward_backward
 from dllm_rl.tasks.base import grade
 from dllm_rl.training.trainer import train
 from dllm_rl.types import Batch, Rollout
+from recipes.examples import bounds
 from recipes.studies.paired import markdown, warm_up
 from recipes.sudoku_unique import recipe as base
 
@@ -42,10 +43,10 @@ MEASURED = {
     "Coupled(1)": lik.Coupled(num_samples=1),
     "Coupled(2)": lik.Coupled(num_samples=2),
     "Coupled(8)": lik.Coupled(num_samples=8),
-    "Quadrature(2)": lik.Quadrature(nodes=2),
-    "Quadrature(3)": lik.Quadrature(nodes=3),
-    "BlockELBO(8, 2)": lik.BlockELBO(block_size=8, num_samples=2),
-    "EUBO on Coupled(2)": lik.EUBO(base=lik.Coupled(num_samples=2)),
+    "Quadrature(2)": bounds.Quadrature(nodes=2),
+    "Quadrature(3)": bounds.Quadrature(nodes=3),
+    "BlockELBO(8, 2)": bounds.BlockELBO(block_size=8, num_samples=2),
+    "EUBO on Coupled(2)": bounds.EUBO(base=lik.Coupled(num_samples=2)),
     "Trajectory(1 segment)": lik.Trajectory(num_segments=1),
     "Trajectory": lik.Trajectory(),
 }

@@ -59,6 +59,7 @@ from dllm_rl.records import Record
 from dllm_rl.samplers.rules import RandomOrder
 from dllm_rl.types import group_sizes
 from recipes import countdown_tiny, sudoku_tiny, sudoku_unique
+from recipes.examples import bounds
 from recipes.studies.likelihoods.surrogates import GDSD, StableDRL, UniformSteps
 from recipes.studies.paired import (
     Contrast,
@@ -78,7 +79,7 @@ from recipes.studies.paired import (
 TUNED_ON = (100, 101, 102)
 SEEDS = 10
 DEFAULT = "every step"
-SPG_BOUNDS = lik.Sandwich(beta=1.0, mix=0.5, base=lik.Coupled())  # beta: of SPG's Sudoku runs
+SPG_BOUNDS = bounds.Sandwich(beta=1.0, mix=0.5, base=lik.Coupled())  # beta: of SPG's Sudoku runs
 
 centered = GroupRelative(scale_rewards="none")
 dual_clip = PPOClip(delta=1.2)
