@@ -70,7 +70,7 @@ def digest_of_code(value: Any) -> str | None:
     Settings are the arguments of partials, the variables of closures, and the arguments of a constructor that its
     object keeps under their names: numbers, text, dates, paths, patterns, and containers of these. State does not
     count: other values, and all that the code assigns to outside of a constructor, stores items in, or passes to a call
-    whose result it drops, as in `seen.append(text)`.
+    whose result it drops, as in `seen.append(text)`, or that is all of a lambda.
     """
     code = _Code()
     code.read(value)
@@ -332,9 +332,10 @@ def _changed_names(nodes: Iterable[ast.AST]) -> set[str]:
             names.add(part.attr)
         elif isinstance(part, ast.Subscript) and not isinstance(part.ctx, ast.Load):
             names |= {f"in {name}" for name in _names(part.value)}
-        elif isinstance(part, ast.Expr) and isinstance(part.value, ast.Call):
-            plain = [each for each in part.value.args if isinstance(each, ast.Name | ast.Attribute)]
-            names |= {f"in {name}" for each in [part.value.func, *plain] for name in _names(each)}
+        dropped = part.value if isinstance(part, ast.Expr) else part.body if isinstance(part, ast.Lambda) else None
+        if isinstance(dropped, ast.Call):
+            plain = [each for each in dropped.args if isinstance(each, ast.Name | ast.Attribute)]
+            names |= {f"in {name}" for each in [dropped.func, *plain] for name in _names(each)}
     return names
 
 

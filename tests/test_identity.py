@@ -150,6 +150,14 @@ def other(x):
     L.append(x)
 def f(c):
     return len(L)
+# lambda fills
+def make():
+    seen = []
+    def f(c):
+        note = lambda text: seen.append(text)
+        return note(c)
+    return f
+f = make()
 # alias
 L = []
 add = L.append

@@ -7,17 +7,21 @@ from torch import Tensor, optim
 
 from dllm_rl.records import FunctionRecord, Record, option
 
+NamedParameters = Iterable[tuple[str, Tensor]]
+
 
 class Optimizer(Record):
     """A rule that makes the optimizer of a run.
 
-    Where an optimizer is expected, a plain function (parameters, lr=, betas=, weight_decay=) is one too.
+    Where an optimizer is expected, a plain function (parameters, lr=, betas=, weight_decay=) is one too. The parameters
+    are pairs of a name and a tensor, as torch's optimizers take them, so that a group of them may have a rate of its
+    own: `[{"params": [pair], "lr": lr / 10 if "embed" in pair[0] else lr} for pair in parameters]`.
     """
 
     def __call__(
-        self, parameters: Iterable[Tensor], lr: float, betas: tuple[float, float], weight_decay: float
+        self, parameters: NamedParameters, lr: float, betas: tuple[float, float], weight_decay: float
     ) -> optim.Optimizer:
-        """Make the optimizer of these parameters."""
+        """Make the optimizer of these parameters, each with its name."""
         raise TypeError(f"{type(self).__name__} must define __call__(parameters, lr, betas, weight_decay)")
 
 
@@ -30,7 +34,7 @@ class FunctionOptimizer(FunctionRecord, Optimizer):
     """
 
     def __call__(
-        self, parameters: Iterable[Tensor], lr: float, betas: tuple[float, float], weight_decay: float
+        self, parameters: NamedParameters, lr: float, betas: tuple[float, float], weight_decay: float
     ) -> optim.Optimizer:
         return self.function(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
 
@@ -39,11 +43,11 @@ class AdamW(Optimizer):
     """torch's AdamW, whose moments take 8 bytes per parameter. This is the default."""
 
     def __call__(
-        self, parameters: Iterable[Tensor], lr: float, betas: tuple[float, float], weight_decay: float
+        self, parameters: NamedParameters, lr: float, betas: tuple[float, float], weight_decay: float
     ) -> optim.Optimizer:
-        parameters = list(parameters)
-        fused = all(parameter.is_cuda for parameter in parameters) or None  # fused needs no large temporary tensors
-        return optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
+        tensors = [parameter for _, parameter in parameters]
+        fused = all(parameter.is_cuda for parameter in tensors) or None  # fused needs no large temporary tensors
+        return optim.AdamW(tensors, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
 
 
 class AdamW8bit(Optimizer):
@@ -54,11 +58,13 @@ class AdamW8bit(Optimizer):
     """
 
     def __call__(
-        self, parameters: Iterable[Tensor], lr: float, betas: tuple[float, float], weight_decay: float
+        self, parameters: NamedParameters, lr: float, betas: tuple[float, float], weight_decay: float
     ) -> optim.Optimizer:
         from bitsandbytes.optim import AdamW8bit as BitsAndBytesAdamW8bit
 
-        return BitsAndBytesAdamW8bit(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
+        return BitsAndBytesAdamW8bit(
+            [parameter for _, parameter in parameters], lr=lr, betas=betas, weight_decay=weight_decay
+        )
 
 
 def keep_rate_ratios(optimizer: optim.Optimizer, learning_rate: float) -> None:

@@ -29,7 +29,7 @@ def test_adamw_takes_its_betas_and_decay():
     # First step: m/(1-b1) = g, v/(1-b2) = g^2: 2 * 0.975 - 0.1 = 1.85. The second depends on both betas.
     assert by_hand(2.0, [3.0]) == pytest.approx(1.85)
     weight = torch.nn.Parameter(torch.tensor([2.0], dtype=torch.float64))
-    optimizer = AdamW()([weight], lr=LR, betas=BETAS, weight_decay=DECAY)
+    optimizer = AdamW()([("weight", weight)], lr=LR, betas=BETAS, weight_decay=DECAY)
     for gradient in (3.0, -1.0, 0.5):
         weight.grad = torch.tensor([gradient], dtype=torch.float64)
         optimizer.step()
@@ -38,7 +38,7 @@ def test_adamw_takes_its_betas_and_decay():
 
 def test_adamw_8bit_is_told_the_same():
     pytest.importorskip("bitsandbytes")
-    optimizer = AdamW8bit()([torch.nn.Parameter(torch.zeros(2))], lr=LR, betas=BETAS, weight_decay=DECAY)
+    optimizer = AdamW8bit()([("weight", torch.nn.Parameter(torch.zeros(2)))], lr=LR, betas=BETAS, weight_decay=DECAY)
     (group,) = optimizer.param_groups
     assert (group["lr"], tuple(group["betas"]), group["weight_decay"]) == (LR, BETAS, DECAY)
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from emulated import int3_emulated
+from readme import example
 from repetitions import few
 from rows import NO_ROWS
 from run_outputs import assert_same_weights, metrics_of, weights_of
@@ -220,6 +221,27 @@ def test_parameter_groups_keep_the_ratio_of_their_rates(tmp_path):
         train(tiny_recipe(folder, num_steps=2, learning_rate=1e-2, weight_decay=0.3, **changes))
         assert [row["learning_rate"] for row in metrics_of(folder)] == pytest.approx([1e-3, 0.5e-2])
         assert used[0] == pytest.approx([3e-3, 2e-3, 0.0]) and used[-1] == pytest.approx([1.5e-2, 1e-3, 0.3])
+
+
+def test_each_layer_has_the_rate_that_the_pages_optimizer_gives_it_also_after_a_resume(tmp_path):
+    page = {}
+    exec(example("An optimizer with a rate per layer"), page)
+    used = []
+
+    def optimizer(*given, **settings):
+        made = page["half_rate_of_embeddings"](*given, **settings)
+        made.register_step_pre_hook(
+            lambda *_: used.append({group["param_names"][0]: group["lr"] for group in made.param_groups})
+        )
+        return made
+
+    changes = {"optim": optimizer, "lr_schedule": LinearWithWarmup(), "lr_schedule_steps": 4, **ONE_PUZZLE}
+    train(tiny_recipe(tmp_path, num_steps=2, learning_rate=1e-2, **changes))
+    train(tiny_recipe(tmp_path, num_steps=3, learning_rate=1e-2, resume_from_checkpoint="latest", **changes))
+    for rates, row in zip(used, metrics_of(tmp_path), strict=True):
+        rate = row["learning_rate"]
+        expected = {name: rate / 2 if "embed" in name else rate for name in rates}
+        assert rates == pytest.approx(expected) and min(expected.values()) < rate
 
 
 def one_live_group(rewards, group):
