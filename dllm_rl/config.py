@@ -320,10 +320,14 @@ def _flattened(node: yaml.MappingNode, prefix: str) -> Iterator[tuple[str, int, 
             yield path, key.start_mark.line + 1, value
 
 
+class _Null(str):
+    """The text `none`, where a file has YAML's null: a setting without a value, and no text."""
+
+
 def _text_of(node: yaml.Node) -> str:
     """Return a value as one writes it on the command line."""
     if isinstance(node, yaml.ScalarNode):
-        return "none" if node.style is None and node.value in NULLS else str(node.value)
+        return _Null("none") if node.style is None and node.value in NULLS else str(node.value)
     _write_in_one_line(node)
     return str(yaml.serialize(node, Dumper=yaml.BaseDumper, width=sys.maxsize)).rstrip("\n")
 
@@ -427,6 +431,8 @@ def _check_option(
     kinds = union_members(annotation)
     if text == "none" and types.NoneType in kinds:
         return "null"
+    if isinstance(text, _Null):
+        raise ValueError(f"{path} has no value in the file; give one, and put a text such as '#4' or '~' in quotes")
     base = _dataclass_of(annotation)
     if base is not None and "{" not in text:
         if not issubclass(base, Record):
@@ -455,6 +461,8 @@ def _check_option(
         fit(path, annotation, read, setting.metadata.get("bound"))
     if read and isinstance(read, str) and types.NoneType in kinds and re.match(r"\s*(#|---\s*$)", read):
         raise ValueError(f"{path}={text!r} would be read as none, like a comment of YAML; a path may be ./{text}")
+    if read is None:
+        return "null"
     return _json(read) if isinstance(read, list) else text
 
 

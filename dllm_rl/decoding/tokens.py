@@ -609,7 +609,9 @@ def text_of(policy: Policy, ids: Sequence[int], *, continues: bool = True) -> st
         ids = [token for token in ids if token not in hidden]
     beginnings = _beginnings(tokenizer) if continues else []
     beginning = beginnings[0][1] if beginnings else []
-    text = tokenizer.decode([*beginning, *ids], skip_special_tokens=not kept)
+    # A space before a comma is one that the model wrote.
+    options = {"clean_up_tokenization_spaces": False} if _drops_spaces(tokenizer) else {}
+    text = tokenizer.decode([*beginning, *ids], skip_special_tokens=not kept, **options)
     if symbol_pattern(tokenizer) is not None:
         return "".join(text.split())
     return text[len(tokenizer.decode(beginning)) :] if beginning else text
@@ -618,7 +620,11 @@ def text_of(policy: Policy, ids: Sequence[int], *, continues: bool = True) -> st
 def reads_otherwise(policy: Policy) -> bool:
     """Return whether `text_of` returns another text than the tokenizer's `decode` without special tokens."""
     tokenizer = policy.tokenizer
-    return bool(symbol_pattern(tokenizer) or text_tokens(policy) or _beginnings(tokenizer))
+    return bool(symbol_pattern(tokenizer) or text_tokens(policy) or _beginnings(tokenizer) or _drops_spaces(tokenizer))
+
+
+def _drops_spaces(tokenizer: Tokenizer) -> bool:
+    return bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
 
 
 def text_tokens(policy: Policy) -> Mapping[int, str]:

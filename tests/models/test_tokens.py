@@ -23,6 +23,7 @@ from dllm_rl.decoding.tokens import (
     ids_and_blanks,
     ordinary_ids,
     prompt_ids,
+    reads_otherwise,
     special_texts,
     text_ids,
     text_of,
@@ -733,6 +734,22 @@ def test_the_text_of_a_completion_has_the_special_tokens_that_a_model_answers_wi
     own.tokenizer.chat_template = "{{ raise_exception('never') }}"
     assert not text_tokens(own) and text_of(own, ids) == "42a"
     assert not text_tokens(policy) and not text_tokens(with_added("<en> <s> $A <eos>"))
+
+
+@pytest.mark.parametrize("written", ["a , b", "x ? 3", " 's .", "9 . 5 !"])
+@pytest.mark.parametrize("model", ["unigram", "words"])
+def test_the_spaces_that_a_model_wrote_are_in_its_text(model, written):
+    """Also where the tokenizer's own `decode` leaves out those before punctuation."""
+    tokens = ["<unk>", *"abxs0123456789,.?!' "]
+    unigram = models.Unigram([(token, -1.0) for token in tokens], unk_id=0)
+    words = models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>")
+    parts = {"pre_tokenizer": pre_tokenizers.Split("", behavior="isolated"), "decoder": decoders.Fuse()}
+    policy = fast(unigram if model == "unigram" else words, **parts)
+    assert not reads_otherwise(policy)
+    policy.tokenizer.clean_up_tokenization_spaces = True
+    ids = text_ids(policy, written, continues=True)
+    assert policy.tokenizer.decode(ids) != written == text_of(policy, ids)
+    assert reads_otherwise(policy)
 
 
 @pytest.mark.parametrize("kind", MARKED)

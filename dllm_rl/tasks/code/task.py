@@ -22,7 +22,9 @@ NUM_PARALLEL = 4  # programs that run at the same time
 MAX_PROGRAM_LENGTH = 20_000  # characters of a program; a longer one is not parsed
 MAX_FENCES = 20  # fences in the strings and comments of a program
 _FENCE = re.compile("(`{3,})")
-_INFO = re.compile(r"^(?:[\w+.{}-]*|(?i:python|py)[\d.]*[ \t][^\n]*|\{[^\n}]*\})[ \t\r]*\n")  # after an opening fence
+_INFO = re.compile(  # after an opening fence
+    r"^(?:[\w+.{}-]*|[ \t]+(?i:python|py)[\d.]*|(?i:python|py)[\d.]*[ \t][^\n]*|\{[^\n}]*\})[ \t\r]*\n"
+)
 # Texts that end a function which the prompt begins (arXiv 2107.03374).
 ENDS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(")
 MODULES = """__future__ abc array bisect calendar cmath collections copy dataclasses datetime decimal enum fractions
