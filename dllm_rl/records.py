@@ -100,6 +100,27 @@ def fields_of_group(annotation: Any) -> list[str]:
     return [*annotations_of(base)] if base is not None and [*subclasses(base).values()] == [base] else []
 
 
+def folders_beside(path: str | Path) -> str:
+    """Return "; PARENT has a, b; the nearest is a" for the error message about a folder that is missing, or "" without
+    such a parent. A run deletes its old checkpoints, so those that it still has are the last ones.
+    """
+    path = Path(path)
+    try:
+        names = sorted(each.name for each in path.parent.iterdir() if each.is_dir() and not each.name.startswith("."))
+    except OSError:  # there is no such folder, or it cannot be read
+        return ""
+    if not names:
+        return ""
+    return f"; {path.parent} has {', '.join(['...'] * (len(names) > 5) + names[-5:])}{nearest_hint(path.name, names)}"
+
+
+def check_is_folder(path: str | Path, what: str) -> None:
+    """Raise ValueError unless a path is a folder; `what` is what the user must give, such as "a run's folder"."""
+    if not Path(path).is_dir():
+        problem = "is no folder" if Path(path).exists() else "does not exist"
+        raise ValueError(f"{path} {problem}; give {what}{folders_beside(path)}")
+
+
 def with_nearest(name: str, known: Iterable[str]) -> str:
     """Return an unknown name for an error message, with the nearest of the known names if one is near."""
     hint = nearest_hint(name, known).removeprefix("; ")

@@ -24,6 +24,7 @@ from dllm_rl.files import recover, remove, remove_whole, replacing, write_text
 from dllm_rl.models.base import Module, Policy, is_finite
 from dllm_rl.models.checkpoint.adapters import adapter_state, save_adapter
 from dllm_rl.models.lora import layers_of, lazy_merged_tensors
+from dllm_rl.records import folders_beside
 from dllm_rl.versions import versions
 
 _RECIPE_SETTINGS = ("betas", "weight_decay", "lr_scale")  # of an optimizer's parameter groups
@@ -278,9 +279,9 @@ def locate(
     if which != "latest":
         path = Path(which)
         if not is_checkpoint(path):
-            raise ValueError(
-                f"resume_from_checkpoint={which!r} is not a checkpoint folder (no state.json); give one, or 'latest'"
-            )
+            problem = "is not a checkpoint folder (no state.json)" if path.exists() else "does not exist"
+            beside = "" if path.exists() else folders_beside(path)
+            raise ValueError(f"resume_from_checkpoint={which!r} {problem}; give a checkpoint, or 'latest'{beside}")
         check(path, quick=True)
         compare(TrainingState.read(path))
         if not quick:

@@ -421,8 +421,10 @@ def verify(arguments: argparse.Namespace) -> int:
     from dllm_rl import manifest
     from dllm_rl.checkpoints import checkpoint
     from dllm_rl.files import folder_size
+    from dllm_rl.records import check_is_folder
 
     path = Path(arguments.path)
+    check_is_folder(path, "a checkpoint, or the folder that a run writes")
     if checkpoint.is_checkpoint(path):
         folders = [path]
     else:

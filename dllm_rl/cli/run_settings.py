@@ -11,7 +11,7 @@ import dllm_rl.integrations.serving.engine
 import dllm_rl.integrations.vllm  # noqa: F401
 from dllm_rl.cli.options import recipe_of
 from dllm_rl.monitoring.json_lines import current_rows
-from dllm_rl.records import annotations_of, from_json
+from dllm_rl.records import annotations_of, folders_beside, from_json
 from dllm_rl.screen import escape_controls
 from dllm_rl.tasks.base import Problem
 
@@ -30,8 +30,6 @@ def task_of(model: str) -> tuple[str, dict[str, Any]]:
 
     recipe = recipe_of(model) if model else None
     if recipe is None:
-        from dllm_rl.models.checkpoint.loading import folders_beside  # local: imports torch, which would slow --help
-
         beside = "" if not model or Path(model).exists() else f" ({model} does not exist{folders_beside(model)})"
         raise ValueError(
             f"task is not given, and {model!r} is not the folder of a run with a task{beside}; use {', '.join(TASKS)}"

@@ -1,6 +1,7 @@
 """`dllm-rl serve`: answer requests for completions over HTTP."""
 
 import argparse
+import errno
 import os
 import socket
 import sys
@@ -50,7 +51,7 @@ def serve_command(arguments: argparse.Namespace) -> None:
     run_sampler = sampler_of(arguments.model)
     # Before the model is loaded, so that a port in use is known at once.
     family = socket.AF_INET6 if ":" in arguments.host else socket.AF_INET
-    with socket.create_server((arguments.host, arguments.port), family=family) as listener:
+    with listening(arguments.host, arguments.port, family) as listener:
         policy = open_policy(arguments)
         learner = policy if arguments.allow_updates else None
         if scheme is not None:
@@ -72,6 +73,19 @@ def serve_command(arguments: argparse.Namespace) -> None:
             server.run(sockets=[listener])
         finally:
             batcher.close()
+
+
+def listening(host: str, port: int, family: socket.AddressFamily) -> socket.socket:
+    """Return a socket that listens on a port of a host.
+
+    Raises:
+        ValueError: This is not possible.
+    """
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        reason = "another program uses it" if error.errno == errno.EADDRINUSE else error
+        raise ValueError(f"{host}, port {port}: {reason}; give another --host or --port") from None
 
 
 def served_sampler(policy: Policy, run_sampler: Sampler | None, passed: dict[str, Any]) -> Sampler:

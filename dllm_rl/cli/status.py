@@ -15,7 +15,7 @@ from dllm_rl.files import read_json
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.monitoring.json_lines import current_rows, finite_numbers, warmup_rows
 from dllm_rl.monitoring.record import RunRecord
-from dllm_rl.records import from_json
+from dllm_rl.records import check_is_folder, from_json
 from dllm_rl.screen import escape_controls
 
 RECENT = 20  # steps whose mean time gives the time left
@@ -36,6 +36,7 @@ def status_of(directory: Path) -> str:
     Raises:
         ValueError: The folder contains no run.
     """
+    check_is_folder(directory, "the folder that a run writes, its output_dir")
     process = None
     with suppress(ValueError):  # no process writes it
         process = "process {} on {}".format(*writing_process(directory))

@@ -11,6 +11,7 @@ from pathlib import Path
 from dllm_rl.checkpoints import checkpoint
 from dllm_rl.distributed.stop import LOCK
 from dllm_rl.files import holder_of
+from dllm_rl.records import check_is_folder
 from dllm_rl.screen import escape_controls
 
 
@@ -28,6 +29,7 @@ def stop_command(arguments: argparse.Namespace) -> int:
         ValueError: No run is writing to the folder, or the run is on another machine.
     """
     directory = Path(arguments.path)
+    check_is_folder(directory, "the folder that a run writes, its output_dir")
     process, machine = writing_process(directory)
     if machine != socket.gethostname():
         raise ValueError(f"{directory}: process {process} on {machine} writes this folder; stop it there")

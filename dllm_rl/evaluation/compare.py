@@ -20,7 +20,7 @@ from dllm_rl.evaluation.results import headline
 from dllm_rl.files import replacing
 from dllm_rl.monitoring.json_lines import current_rows, finite_numbers
 from dllm_rl.monitoring.plots import default_style, draw_curve, import_matplotlib
-from dllm_rl.records import describe_json, nearest_hint
+from dllm_rl.records import check_is_folder, describe_json, nearest_hint
 from dllm_rl.screen import NARROW, escape_controls, literal, without_middle
 
 FIELDS = ("step", "task", "metrics", "problems", "grading", "recipe")  # of a line of held_out.jsonl
@@ -183,8 +183,7 @@ def read_run(folder: str | Path) -> StoredRun:
         ValueError: The folder has none, or a damaged one.
     """
     path = Path(folder).expanduser() / "held_out.jsonl"
-    if not path.parent.is_dir():
-        raise ValueError(f"{folder} does not exist; give the folder that a run writes, its output_dir")
+    check_is_folder(path.parent, "the folder that a run writes, its output_dir")
     rows = current_rows(path) if path.is_file() else []
     if not rows:
         raise ValueError(f"{folder} has no rows in held_out.jsonl; give the folder of an RL run, its output_dir")

@@ -64,35 +64,46 @@ BATCH_SIZES = ("per_device_train_batch_size", "gradient_accumulation_steps")
 # From a setting, or another remedy, to the names without an equivalent for which it is the nearest: of TRL, of
 # diffu-GRPO (d1), of verl, and of the sampler's keywords.
 NEAREST = {
-    "advantages": "multi_objective_aggregation",
+    "advantages": "multi_objective_aggregation adv_estimator",
     "base_quantization": "quantization_config",
     "beta": "sync_ref_model ref_model_sync_steps kl_loss_coef use_kl_loss",
     "beta, the coefficient of a KL term in the loss": "use_kl_in_reward kl_ctrl",
     "collective_timeout": "ddp_timeout",
     "corrector": "vllm_importance_sampling_mode vllm_importance_sampling_correction vllm_importance_sampling_cap "
-    "vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min rollout_correction",
+    "vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min rollout_correction rollout_is rollout_rs "
+    "tis_imp_ratio_cap",
     "dry_run": "auto_find_batch_size",
     "dtype": "fp16 model_init_kwargs",
     "eval_batch_size": "per_device_eval_batch_size",
+    "eval_dataset": "val_files",
     "eval_steps": "eval_strategy test_freq",
+    "gradient_checkpointing": "enable_gradient_checkpointing",
+    "learning_rate": "lr",
     "likelihood": "p_mask_prompt",
     "log=Log(completions_steps=...)": "log_completions",
     "loss=PPOClip(epsilon=...)": "clip_ratio clip_ratio_low",
     "loss=PPOClip(epsilon_high=...)": "clip_ratio_high",
     "loss=PPOClip(delta=...)": "clip_ratio_c",
+    "lora": "lora_rank lora_alpha",
     "loss_reduction": "loss_agg_mode",
     "lr_scheduler_type": "lr_scheduler_kwargs",
+    "max_grad_norm": "grad_clip",
     "max_new_tokens": "max_response_length",
     "metric_for_best_model": "greater_is_better",
     "max_num_gen_batches": "filter_groups",
     "micro_batch_size": "ppo_micro_batch_size_per_gpu ppo_micro_batch_size",
+    "model": "path",
+    "name": "experiment_name project_name",
     "num_generations": "n",
     "num_iterations": "steps_per_generation ppo_epochs",
     "num_steps": "num_train_epochs total_training_steps total_epochs",
     "optim": "adam_epsilon optim_args",
+    "output_dir": "default_local_dir",
     "processing_class": "chat_template_kwargs",
+    "report_to": "logger",
     "resample_masks": "random_masking",
-    "reward_funcs": "reward_processing_classes",
+    "resume_from_checkpoint": "resume_mode resume_from_path",
+    "reward_funcs": "reward_processing_classes custom_reward_function compute_score",
     "reward_funcs that return None for cut answers": "mask_truncated_completions",
     "rollout_quantization": "use_vllm",
     "rollout_workers": "vllm_mode",
@@ -106,10 +117,12 @@ NEAREST = {
     "seed": "data_seed",
     "shard_size": "deepspeed fsdp fsdp_config",
     "top_p": "min_p",
-    "warmup_steps": "warmup_ratio",
+    "warmup_steps": "warmup_ratio lr_warmup_steps lr_warmup_steps_ratio",
     "train_batch_size": "generation_batch_size",
     "train_batch_size, all of whose prompts are in each update": "ppo_mini_batch_size",
+    "train_dataset": "train_files",
     "accelerate launch --cpu": "use_cpu",
+    "accelerate launch --num_processes": "n_gpus_per_node nnodes",
     "nothing: logits are computed in fp32": "cast_lm_head_to_fp32",
     "dllm-rl evaluate --samples": "num_generations_eval",
     "the environment's HF_TOKEN": "hub_token",
@@ -165,7 +178,7 @@ SAME: dict[str, object] = {
     "use_cpu": False,
 }
 # Groups of verl's configuration, as in actor_rollout_ref.actor.ppo_epochs.
-VERL = ("actor_rollout_ref", "actor", "algorithm", "data", "rollout", "trainer")
+VERL = ("actor_rollout_ref", "actor", "algorithm", "custom_reward_function", "data", "model", "rollout", "trainer")
 REMEDIES = {name: remedy for remedy, names in NEAREST.items() for name in names.split()}
 Arguments = ParamSpec("Arguments")
 
@@ -239,8 +252,9 @@ def check_names(keywords: Mapping[str, Any], known_names: Set[str], targets: Map
             if name == "loss_type" and value in [*LOSS_TYPES]:
                 remedy = f"give {LOSS_TYPES[value]}"
             refused.append(f"{name}={value!r} ({remedy})")
-        elif name.partition(".")[0] in VERL:
-            field = name.rpartition(".")[2]
+        elif name.partition(".")[0] in VERL and name not in known_names:
+            head, _, field = name.partition(".")
+            field = head if head in REMEDIES else field.rpartition(".")[2]
             is_same = field in known_names and field not in REMEDIES
             refused.append(f"{name} (give {field})" if is_same else unknown(field, known_names | targets.keys(), name))
         elif "." in name:

@@ -103,14 +103,17 @@ def sampler_with(policy: Policy, run_sampler: Sampler | None, passed: Mapping[st
 
 
 def check_number_of_samples(sampler: Callable[..., Any], samples: int, name: str = "samples") -> None:
-    """Raise ValueError for several completions of a prompt by a sampler that has only one: a greedy one, in an order
-    without chance. `name` is what the caller's setting is called.
+    """Raise ValueError for several completions of a prompt by a sampler that has only one: it is greedy, or draws from
+    one token, in an order without chance. `name` is what the caller's setting is called.
     """
-    if samples <= 1 or not isinstance(sampler, Unmask | Autoregress) or sampler.temperature:
+    if samples <= 1 or not isinstance(sampler, Unmask | Autoregress) or (sampler.temperature and sampler.top_k != 1):
         return
     if isinstance(sampler, Unmask):
         if type(sampler).__call__ is not Unmask.__call__:  # a subclass may draw in its own way
             return
         if sampler.rank.adds_gumbel or "uniforms" in sampler.rank.reads | sampler.commit.reads:
             return
-    raise ValueError(f"{name}={samples} at temperature=0 would all be equal; give a temperature above 0, or {name}=1")
+    setting, remedy = "with top_k=1", "leave top_k out"
+    if not sampler.temperature:
+        setting, remedy = "at temperature=0", "give a temperature above 0"
+    raise ValueError(f"{name}={samples} {setting} would all be equal; {remedy}, or {name}=1")

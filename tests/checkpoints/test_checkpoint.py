@@ -132,6 +132,12 @@ def test_a_half_written_folder_is_no_checkpoint(run):
         checkpoint.locate(str(run / "checkpoints" / ".partial-000009-1"), run / "checkpoints")
 
 
+def test_a_checkpoint_that_does_not_exist_is_answered_with_those_that_do(run):
+    kept = r"step-000009' does not exist; give a checkpoint, or 'latest'; \S*checkpoints has .*step-000003"
+    with pytest.raises(ValueError, match=kept):
+        checkpoint.locate(str(run / "checkpoints" / "step-000009"), run / "checkpoints")
+
+
 def test_a_write_that_fails_leaves_the_old_checkpoint(run, monkeypatch):
     def full_disk(*args):
         raise OSError(28, "No space left on device")

@@ -1,5 +1,6 @@
 """The command as a whole: its help, and what it refuses."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -153,3 +154,9 @@ def test_a_run_that_does_not_exist_is_named_with_those_beside_it(tmp_path, capsy
     (tmp_path / "out/first").mkdir(parents=True)
     assert main(["evaluate", "out/frist"]) == 2
     assert "(out/frist does not exist; out has first; the nearest is first)" in capsys.readouterr().err
+    (tmp_path / "out/file").write_text("")
+    for command in ("status", "stop", "verify", "compare"):
+        assert main([command, "out/frist"]) == 2
+        said = capsys.readouterr().err
+        assert re.match(r"error: out/frist does not exist; give .*; out has first; the nearest is first\n$", said)
+        assert main([command, "out/file"]) == 2 and "out/file is no folder; give " in capsys.readouterr().err

@@ -426,6 +426,9 @@ def test_samples_that_would_all_be_equal_are_refused(policy):
             evaluate(policy, sudoku(2), sampler, samples=3)
         with pytest.raises(ValueError, match="num_generations=2 at temperature=0 would all be equal"):
             complete_problems(policy, [Problem("1=")], sampler, num_generations=2)
+    for sampler in (Unmask(max_new_tokens=16, temperature=1.0, top_k=1), Autoregress(max_new_tokens=3, top_k=1)):
+        with pytest.raises(ValueError, match=r"samples=2 with top_k=1 would all be equal; leave top_k out, or"):
+            evaluate(policy, sudoku(2), sampler, samples=2)
     in_random_order = Unmask(max_new_tokens=16, diffusion_steps=16, rank=RandomOrder())
     assert len(evaluate(policy, sudoku(1), in_random_order, samples=2).answers) == 2
 

@@ -563,7 +563,7 @@ def test_verls_names_get_the_translation_of_the_page(name, ours, written):
     ) as said:
         grpo_recipe(tiny_masked_lm(**SMALL), ROWS, right, **{given: 2})
     found = re.search(r"\((?:the nearest is|give) (.*?)\);", str(said.value))[1]
-    settings = re.findall(r"\b(?:[a-z]+_[a-z_]+\b|beta|loss(?==)|corrector)", ours.replace("PPOClip", ""))
+    settings = re.findall(r"\b(?:[a-z]+_[a-z_]+\b|beta|loss(?==)|corrector|advantages)", ours.replace("PPOClip", ""))
     ours = [setting for setting in settings if setting in {field.name for field in fields(Recipe)}]
     assert any(setting in found for setting in ours or ["all of whose prompts are in each update"]), (found, ours)
 
@@ -574,6 +574,11 @@ def test_verls_names_get_the_translation_of_the_page(name, ours, written):
         ("data.train_batch_sizes", r"data.train_batch_sizes \(the nearest is train_batch_size\)"),
         ("trainer.save_freq", r"trainer.save_freq \(the nearest is save_steps\)"),
         ("rollout.temperature", r"rollout.temperature \(give temperature\)"),
+        ("actor_rollout_ref.model.path", r"actor_rollout_ref.model.path \(the nearest is model\)"),
+        ("algorithm.rollout_correction.rollout_is", r".*rollout_is \(the nearest is corrector\)"),
+        ("custom_reward_function.path", r"custom_reward_function.path \(the nearest is reward_funcs\)"),
+        ("data.val_files", r"data.val_files \(the nearest is eval_dataset\)"),
+        ("trainer.n_gpus_per_node", r".*\(the nearest is accelerate launch --num_processes\)"),
         ("trainer.qqq", "trainer.qqq;"),
     ],
 )

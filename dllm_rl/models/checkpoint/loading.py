@@ -61,7 +61,7 @@ from dllm_rl.models.checkpoint.tensors import (
 )
 from dllm_rl.models.denoiser import share_layers
 from dllm_rl.models.lora import has_adapted_or_low_bit, lazy_merged_tensors, merged_copy, merged_state_dict
-from dllm_rl.records import nearest_hint
+from dllm_rl.records import folders_beside
 from dllm_rl.screen import escape_controls, without_middle
 
 # Errors that transformers, safetensors and json raise for damaged files.
@@ -589,21 +589,6 @@ def check_hub_id(path_or_id: str | Path) -> None:
         raise ValueError(
             f"model={text!r} is neither a folder nor a hub id (owner/name); give one of them{folders_beside(text)}"
         )
-
-
-def folders_beside(path: str) -> str:
-    """Return "; PARENT has a, b; the nearest is a" for the error message about a path that is missing, or "" without
-    such a parent. A run deletes its old checkpoints, so those that it still has are the last ones.
-    """
-    parent = Path(path).parent
-    try:
-        names = sorted(each.name for each in parent.iterdir() if each.is_dir() and not each.name.startswith("."))
-    except OSError:  # there is no such folder, or it cannot be read
-        return ""
-    if not names:
-        return ""
-    hint = nearest_hint(Path(path).name, names)
-    return f"; {parent} has {', '.join(['...'] * (len(names) > 5) + names[-5:])}{hint}"
 
 
 def save_module(

@@ -106,10 +106,13 @@ def test_limits_are_above_zero(option, capsys):
     assert ended.value.code == 2 and option[0] in capsys.readouterr().err
 
 
-def test_a_port_in_use_is_refused(capsys):
+def test_a_port_in_use_and_an_unknown_host_are_refused(capsys, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as other:
         assert main(["serve", "no-model", "--port", str(other.getsockname()[1])]) == 2
-    assert "Address already in use" in capsys.readouterr().err
+    assert "another program uses it; give another --host or --port" in capsys.readouterr().err
+    monkeypatch.setenv("DLLM_RL_TOKEN", "t" * 32)
+    assert main(["serve", "no-model", "--host", "no.such.host.invalid"]) == 2
+    assert "give another --host or --port" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("missing", ["uvicorn", "pydantic"])
