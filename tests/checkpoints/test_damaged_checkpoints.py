@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from refusals import refuses
 from repetitions import slow
 from run_outputs import assert_same_weights, metrics_of
 from tiny_recipe import SIZES, tiny_recipe
@@ -85,8 +86,7 @@ def test_latest_skips_what_is_damaged_and_names_it(run, name, damage):
     said = []
     assert checkpoint.locate("latest", run / "checkpoints", say=said.append) == before
     assert len(said) == 1 and str(newest) in said[0] and name in said[0], said
-    with pytest.raises(ValueError, match=name.replace(".", r"\.")):
-        checkpoint.locate(str(newest), run / "checkpoints")
+    refuses(name.replace(".", r"\."), lambda: checkpoint.locate(str(newest), run / "checkpoints"))
 
 
 def test_a_run_goes_on_from_the_one_before(run, finished, capsys):
@@ -118,23 +118,20 @@ def test_a_state_of_another_step_than_the_manifests_is_refused(run):
     folder = run / "checkpoints" / "step-000003"
     from_another_step(folder / "state.json")
     manifest.write(folder, step=3, processes=1, versions={})
-    with pytest.raises(ValueError, match=r"step is 1 in state\.json, but 3 elsewhere"):
-        checkpoint.check(folder)
+    refuses(r"step is 1 in state\.json, but 3 elsewhere", lambda: checkpoint.check(folder))
 
 
 def test_a_file_that_the_manifest_does_not_know_is_refused(run):
     folder = run / "checkpoints" / "step-000003"
     (folder / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json is not in manifest\.json"):
-        checkpoint.check(folder)
+    refuses(r"model\.safetensors\.index\.json is not in manifest\.json", lambda: checkpoint.check(folder))
 
 
 def test_an_unknown_format_asks_for_an_upgrade(run, monkeypatch):
     monkeypatch.setattr(manifest, "FORMAT", 2)
     manifest.write(run / "checkpoints" / "step-000003", step=3, processes=1, versions={})
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="format=2 is newer than 1; upgrade"):
-        checkpoint.check(run / "checkpoints" / "step-000003")
+    refuses("format=2 is newer than 1; upgrade", lambda: checkpoint.check(run / "checkpoints" / "step-000003"))
 
 
 def test_the_manifest_says_what_wrote_it(run):
@@ -163,10 +160,8 @@ def test_a_flipped_byte_is_never_loaded(run, name, capsys):
     for check in ("full", "quick"):  # of small files a quick check reads every byte
         with pytest.raises(ValueError, match=said):
             load_policy(newest, verify_checkpoint=check)
-    with pytest.raises(ValueError, match=said):
-        load_weights(SMALL(), newest)
-    with pytest.raises(ValueError, match=said):
-        train(recipe(run.parent / "next", model=str(newest)))
+    refuses(said, lambda: load_weights(SMALL(), newest))
+    refuses(said, lambda: train(recipe(run.parent / "next", model=str(newest))))
     assert not (run.parent / "next" / "checkpoints").exists()
     for command in (["sample", str(newest), "1"], ["evaluate", str(newest), "--task", "sudoku", "--limit", "1"]):
         assert main(command) == 2
@@ -237,8 +232,7 @@ def test_a_pickle_of_code_is_not_run(run, load_optimizer, tmp_path):
 
     newest = run / "checkpoints" / "step-000003"
     torch.save(changed_moment(torch.load(newest / "optimizer.pt"), exp_avg=Evil()), newest / "optimizer.pt")
-    with pytest.raises(ValueError, match=r"optimizer\.pt is damaged: Weights only load failed"):
-        load_optimizer(newest)
+    refuses(r"optimizer\.pt is damaged: Weights only load failed", lambda: load_optimizer(newest))
     assert not (tmp_path / "written").exists()
 
 
@@ -295,21 +289,18 @@ class TestWithAManifestOfTheDamage:
     )
     def test_a_truncated_file_is_refused(self, newest, name, found):
         truncate(newest / name)
-        with pytest.raises(ValueError, match=f"step-000003: {found}"):
-            self.resume(newest)
+        refuses(f"step-000003: {found}", lambda: self.resume(newest))
 
     def test_an_emptied_optimizer_is_refused(self, newest):
         moments = torch.load(newest / "optimizer.pt")
         torch.save(moments | {"state": {}}, newest / "optimizer.pt")
-        with pytest.raises(ValueError, match=r"optimizer\.pt holds no moments of .* after 3 updates"):
-            self.resume(newest)
+        refuses(r"optimizer\.pt holds no moments of .* after 3 updates", lambda: self.resume(newest))
 
     def test_moments_that_are_not_finite_are_refused(self, newest):
         moments = torch.load(newest / "optimizer.pt")
         moments["state"][0]["exp_avg"].fill_(float("nan"))
         torch.save(moments, newest / "optimizer.pt")
-        with pytest.raises(ValueError, match=r"optimizer\.pt is damaged: exp_avg of .* is not finite; resume from an"):
-            self.resume(newest)
+        refuses(r"optimizer\.pt is damaged: exp_avg of .* is not finite; resume from an", lambda: self.resume(newest))
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):

@@ -6,6 +6,7 @@ import shutil
 import signal
 
 import pytest
+from refusals import refuses
 from tiny_recipe import OddPuzzles, tiny_recipe
 
 from dllm_rl import Unmask
@@ -33,8 +34,7 @@ def test_the_same_command_starts_again_after_a_stop_in_the_warm_up(tmp_path, mon
     stopped = tmp_path / "stopped"
     with monkeypatch.context() as patch:
         patch.setattr(warmup, "solution_examples", lambda *_, **options: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(SystemExit, match="143"):
-            train(tiny_recipe(stopped, **settings))
+        refuses("143", lambda: train(tiny_recipe(stopped, **settings)), SystemExit)
     assert "start again with the same command" in capfd.readouterr().out
     (stopped / "metrics.jsonl").write_text('{"warmup_step": 0, "warmup/loss": 2.5}\n')
     (stopped / "checkpoints" / ".step-000000.partial").mkdir(parents=True)
@@ -50,8 +50,7 @@ def test_a_run_with_a_step_is_not_started_again(tmp_path, left):
         (tmp_path / left).mkdir(parents=True)
     else:
         (tmp_path / left).write_text('{"step": 0, "reward": 1.0}\n')
-    with pytest.raises(ValueError, match="already contains a run"):
-        train(tiny_recipe(tmp_path))
+    refuses("already contains a run", lambda: train(tiny_recipe(tmp_path)))
 
 
 def test_a_reference_of_another_run_is_refused(tmp_path):
@@ -68,8 +67,7 @@ def test_a_reference_of_another_run_is_refused(tmp_path):
 
 def test_a_folder_that_holds_a_run(tmp_path):
     train(tiny_recipe(tmp_path, num_steps=0))
-    with pytest.raises(ValueError, match="already contains a run"):
-        train(tiny_recipe(tmp_path, num_steps=1))
+    refuses("already contains a run", lambda: train(tiny_recipe(tmp_path, num_steps=1)))
     train(tiny_recipe(tmp_path, num_steps=0, overwrite_output_dir=True))
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from forked import Child
+from refusals import refuses
 
 from dllm_rl.distributed import stop as stopping
 from dllm_rl.distributed.stop import SIGNALS, Stop, Stopped
@@ -63,15 +64,13 @@ def test_all_processes_leave_with_the_signal_that_they_agreed_on(stop):
 
 def test_a_signal_that_came_before_the_last_step_had_ended_ends_the_run_after_it(stop):
     assert stop.agreed(Exchange(0, late=signal.SIGTERM)) == 0
-    with pytest.raises(Stopped, match=str(128 + signal.SIGTERM)):
-        stop.leave_at_once(OVER)
+    refuses(str(128 + signal.SIGTERM), lambda: stop.leave_at_once(OVER), Stopped)
 
 
 def test_a_further_signal_does_not_interrupt_the_end_of_a_run(stop):
     """As a launcher sends one to all processes when the first has ended."""
     stop.leave_at_once(OVER)
-    with pytest.raises(Stopped, match=str(128 + signal.SIGUSR1)):
-        os.kill(os.getpid(), signal.SIGUSR1)
+    refuses(str(128 + signal.SIGUSR1), lambda: os.kill(os.getpid(), signal.SIGUSR1), Stopped)
     os.kill(os.getpid(), signal.SIGTERM)
     assert stop.received == signal.SIGUSR1
 
@@ -94,8 +93,7 @@ def test_a_second_ctrl_c_saves_the_last_step_and_a_third_does_not_wait_for_the_s
     stop.overdue = save
     os.kill(os.getpid(), signal.SIGINT)
     assert not asked
-    with pytest.raises(Stopped, match=str(128 + signal.SIGINT)):
-        os.kill(os.getpid(), signal.SIGINT)
+    refuses(str(128 + signal.SIGINT), lambda: os.kill(os.getpid(), signal.SIGINT), Stopped)
     assert asked == [(0.0, 0.0)]  # once, and the timer was off
 
 
@@ -103,8 +101,7 @@ def test_a_ctrl_c_during_the_save_of_a_step_that_is_overdue_does_not_wait_for_it
     stop.is_leaving = True
     stop.overdue = lambda: pytest.fail("saved again")
     os.kill(os.getpid(), signal.SIGINT)
-    with pytest.raises(Stopped, match=str(128 + signal.SIGINT)):
-        os.kill(os.getpid(), signal.SIGINT)
+    refuses(str(128 + signal.SIGINT), lambda: os.kill(os.getpid(), signal.SIGINT), Stopped)
 
 
 @pytest.mark.parametrize("last_words", [None, OVER])
@@ -113,8 +110,7 @@ def test_a_signal_that_another_process_leaves_on_is_heard_once(stop, last_words)
     if last_words is None:
         stop.hear_from_another(signal.SIGINT)
     else:
-        with pytest.raises(Stopped, match=str(128 + signal.SIGINT)):
-            stop.hear_from_another(signal.SIGINT)
+        refuses(str(128 + signal.SIGINT), lambda: stop.hear_from_another(signal.SIGINT), Stopped)
     assert stop.received == signal.SIGINT
     stop.hear_from_another(signal.SIGINT)  # no second Ctrl-C
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import transformers
 from forked import Child
+from refusals import refuses
 from run_outputs import metrics_of
 
 from dllm_rl import Oracle, grpo, grpo_recipe, make_policy, sft, task_from_dataset, tiny_masked_lm, train
@@ -141,8 +142,7 @@ class Takes:
 
 @pytest.mark.parametrize("function", [Takes(), lambda **columns: [0.0], lambda completions, *, a, **b: [0.0]])
 def test_a_function_of_every_column_is_refused(function):
-    with pytest.raises(ValueError, match=r"of Oracle accepts every column, .*: name the columns that it reads"):
-        Oracle(function)
+    refuses(r"of Oracle accepts every column, .*: name the columns that it reads", lambda: Oracle(function))
 
 
 def test_a_noisy_function_is_called_for_each_text_up_to_its_budget(tmp_path):
@@ -178,8 +178,7 @@ def test_a_stored_reward_is_the_one_that_was_given(tmp_path, value):
 def test_a_number_that_is_refused_loses_none_of_the_others(tmp_path, bad):
     numbers = {"A": 1.0, "C": bad, "D": None, "E": 2.0}
     oracle = started(tmp_path, lambda completions: [numbers[text] for text in completions], batch_size=4)
-    with pytest.raises(ValueError, match="give a finite number, or None"):
-        oracle(completions=[*"ACDE"])
+    refuses("give a finite number, or None", lambda: oracle(completions=[*"ACDE"]))
     stored = [(row["arguments"]["completions"], row["reward"]) for row in lines(tmp_path / "oracle.jsonl")]
     assert stored == [("A", 1.0), ("D", None), ("E", 2.0)] and oracle.calls == 3
     numbers["C"] = 0.5
@@ -446,13 +445,11 @@ async def later(completions):
 )
 def test_what_is_no_oracle_is_refused(arguments, message):
     function, *names = arguments
-    with pytest.raises(ValueError, match=message):
-        Oracle(function, **dict.fromkeys(names, 0))
+    refuses(message, lambda: Oracle(function, **dict.fromkeys(names, 0)))
 
 
 def test_a_run_that_could_not_count_its_calls_is_refused(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="a run takes one Oracle"):
-        design(tmp_path, [Oracle(Counted()), Oracle(Counted())])
+    refuses("a run takes one Oracle", lambda: design(tmp_path, [Oracle(Counted()), Oracle(Counted())]))
     with pytest.raises(ValueError, match=r"rollout_workers=2 grade with copies .* use rollout_workers=0"):
         design(tmp_path, Oracle(Counted()), rollout_workers=2, max_staleness=1)
     with pytest.raises(ValueError, match="rollout_workers=1 grade with copies"):  # as on a recipe's command line
@@ -460,8 +457,7 @@ def test_a_run_that_could_not_count_its_calls_is_refused(tmp_path, monkeypatch):
             tiny_masked_lm(characters="ab"), [{"prompt": "a"}] * 9, Oracle(Counted()), max_new_tokens=2
         ).replace(rollout_workers=1, max_staleness=1)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="start the run without a launcher"):
-        Oracle(Counted())(completions=["A"])
+    refuses("start the run without a launcher", lambda: Oracle(Counted())(completions=["A"]))
 
 
 CHILD = """
@@ -546,8 +542,7 @@ def test_after_an_error_the_next_run_pays_for_its_own_steps_alone(tmp_path):
         return [float(text.count("A")) for text in completions]
 
     oracle = Oracle(score)
-    with pytest.raises(RuntimeError, match="results are missing"):
-        design(tmp_path / "a", oracle, num_steps=3)
+    refuses("results are missing", lambda: design(tmp_path / "a", oracle, num_steps=3), RuntimeError)
     before = (tmp_path / "a" / "oracle.jsonl").read_text()
     design(tmp_path / "b", oracle, num_steps=1, seed=1)
     assert (tmp_path / "a" / "oracle.jsonl").read_text() == before
@@ -575,8 +570,7 @@ def test_a_run_of_a_trained_policy_resumes_before_its_first_step(tmp_path):
         model(), rows, completion_length=3, num_steps=2, output_dir=str(tmp_path / "sft"), report_to=None
     ).policy
     given = OPTIONS | {"output_dir": str(tmp_path / "rl"), "num_steps": 1}
-    with pytest.raises(RuntimeError, match="results are missing"):
-        grpo(trained, ROWS, Oracle(score), **given)
+    refuses("results are missing", lambda: grpo(trained, ROWS, Oracle(score), **given), RuntimeError)
     ready.touch()
     assert grpo(trained, ROWS, Oracle(score), **given, resume_from_checkpoint="latest")["checkpoint"].endswith("000001")
     assert trained.weights_version == 2, "the caller's policy stays as it is"
@@ -602,6 +596,5 @@ def test_an_argument_that_json_cannot_hold_is_refused(value):
     oracle = Oracle(lambda completions, at: [0.0] * len(completions))
     with pytest.raises(ValueError, match=r"^Oracle: the column at.* has a value of type"):
         task_from_dataset([{"prompt": "a", "at": None}, {"prompt": "a", "at": value}], reward_funcs=oracle)
-    with pytest.raises(ValueError, match=r"^Oracle: the column at.* has a value of type"):
-        oracle(completions=["a"], at=[value])
+    refuses(r"^Oracle: the column at.* has a value of type", lambda: oracle(completions=["a"], at=[value]))
     assert oracle(completions=["a"], at=[{"a": [1, 0.5, (None, True)]}]) == [None]

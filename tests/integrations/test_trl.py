@@ -27,6 +27,7 @@ from layouts import checkpoint
 from live_bytes import LiveBytes
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from ranks import run_ranks
+from refusals import refuses
 from repetitions import nightly
 from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, BertTokenizer, PrinterCallback, TrainerState
 from trl import GRPOConfig, GRPOTrainer
@@ -761,8 +762,7 @@ def test_adapters_that_load_policy_would_refuse_are_refused_before_training(tmp_
             pytest.skip("peft finds no embeddings of this name")
         given = {"model": get_peft_model(policy.module, config), "processing_class": policy.tokenizer}
         message = message.replace("peft_config", "model")
-    with pytest.raises(ValueError, match=message):
-        trainer(tmp_path, **given)
+    refuses(message, lambda: trainer(tmp_path, **given))
 
 
 @pytest.mark.parametrize(
@@ -781,8 +781,7 @@ def test_adapters_that_would_not_be_trained_are_refused(tmp_path, change, messag
     policy = tiny()
     model = get_peft_model(policy.module, LoraConfig(**LORA))
     change(model)
-    with pytest.raises(ValueError, match=message):
-        trainer(tmp_path, model=model, processing_class=policy.tokenizer)
+    refuses(message, lambda: trainer(tmp_path, model=model, processing_class=policy.tokenizer))
 
 
 def test_another_method_of_peft_is_refused(tmp_path):
@@ -840,8 +839,7 @@ def test_the_warnings_of_grpo_are_given(tmp_path):
 def test_an_engine_of_the_launch_is_refused(tmp_path, monkeypatch):
     """FSDP; of DeepSpeed, which is not installed here, transformers says so first."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="no use for distributed_type=FSDP in the launch's config"):
-        trainer(tmp_path)
+    refuses("no use for distributed_type=FSDP in the launch's config", lambda: trainer(tmp_path))
 
 
 class Own(torch.nn.Module):
@@ -919,15 +917,13 @@ def resized():
     ],
 )
 def test_what_cannot_be_combined_is_refused(tmp_path, message, arguments):
-    with pytest.raises(ValueError, match=message):
-        trainer(tmp_path, **arguments)
+    refuses(message, lambda: trainer(tmp_path, **arguments))
 
 
 @pytest.mark.parametrize("version", ["1.7.1", "1.14.2", "1.17.0", "2.0.0", "0.29.0"])
 def test_a_trl_that_was_not_tried_is_refused(tmp_path, monkeypatch, version):
     monkeypatch.setattr(ours.trl, "__version__", version)
-    with pytest.raises(RuntimeError, match=rf"TRL {version} was not tried; install TRL 1.15 to 1.16"):
-        trainer(tmp_path)
+    refuses(rf"TRL {version} was not tried; install TRL 1.15 to 1.16", lambda: trainer(tmp_path), RuntimeError)
 
 
 @pytest.mark.parametrize("name", ours.OVERRIDDEN)
@@ -936,8 +932,7 @@ def test_a_trl_with_other_methods_is_refused(tmp_path, monkeypatch, name):
         raise AssertionError
 
     monkeypatch.setattr(ours.GRPOTrainer, name, other)
-    with pytest.raises(RuntimeError, match=rf"GRPOTrainer.{name}\('self', 'batch'\) should be {name}"):
-        trainer(tmp_path)
+    refuses(rf"GRPOTrainer.{name}\('self', 'batch'\) should be {name}", lambda: trainer(tmp_path), RuntimeError)
 
 
 def test_a_trl_without_a_method_is_refused(tmp_path, monkeypatch):
@@ -953,8 +948,7 @@ def test_a_trl_that_computes_its_loss_elsewhere_is_stopped(tmp_path, monkeypatch
     monkeypatch.setattr(
         ours.GRPOTrainer, "compute_loss", lambda self, model, inputs, **_: torch.zeros(()).requires_grad_()
     )
-    with pytest.raises(RuntimeError, match="did not call _compute_loss"):
-        run.train()
+    refuses("did not call _compute_loss", run.train, RuntimeError)
 
 
 ROOT = Path(__file__).parents[2]

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from layouts import published
 from mixtures import moe
+from refusals import refused, refuses
 from run_outputs import metrics_of
 from tiny_recipe import MOE_SIZES, tiny_recipe
 from torch import nn
@@ -195,8 +196,7 @@ def test_a_run_trains_experts_adapters_alone_and_resumes_bit_for_bit(tmp_path):
 
 
 def test_what_does_not_go_with_it_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"lora.dropout=0.1: adapters on experts"):
-        Lora(experts=True, dropout=0.1)
+    refuses(r"lora.dropout=0.1: adapters on experts", lambda: Lora(experts=True, dropout=0.1))
     with pytest.raises(ValueError, match=r"lora.experts=True, but LlamaForCausalLM has no stacked experts"):
         add_lora(load_policy(published(tmp_path, "llada")), LORA)
 
@@ -214,16 +214,11 @@ def test_merged_experts_are_rounded_once():
     assert layer.merged("down_proj").item() == 1 + 2**-7
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "words"),
-    [
-        ({"r": 0}, "^r=0 must be at least 1"),
-        ({"dropout": 1.0}, r"^dropout=1.0 must lie in \[0, 1\)"),
-    ],
+test_settings_that_cannot_be = refused(
+    ({"r": 0}, "^r=0 must be at least 1"),
+    ({"dropout": 1.0}, r"^dropout=1.0 must lie in \[0, 1\)"),
+    by=lambda kwargs: Lora(**kwargs),
 )
-def test_settings_that_cannot_be(kwargs, words):
-    with pytest.raises(ValueError, match=words):
-        Lora(**kwargs)
 
 
 def test_the_small_adapters_are_what_their_name_says():

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from emulated import CPU_SCHEMES, e4m3_emulated, int3_emulated
 from own_module import own_policy
+from refusals import refuses
 from repetitions import few
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -348,19 +349,16 @@ def test_weights_that_are_not_finite_are_refused_by_name(scheme, bad):
     rollout = quantized_copy(policy, scheme)
     policy.module.model.layers[1].mlp.up_proj.weight.data[3, 5] = bad
     policy.weights_version = 1
-    with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.up_proj\.weight has NaN or infinity"):
-        sync_weights(policy, rollout)
+    refuses(r"^model\.layers\.1\.mlp\.up_proj\.weight has NaN or infinity", lambda: sync_weights(policy, rollout))
     assert rollout.weights_version == 0, "what is half written does not pass for the learner's weights"
-    with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.up_proj\.weight has NaN or infinity"):
-        quantized_copy(policy, scheme)
+    refuses(r"^model\.layers\.1\.mlp\.up_proj\.weight has NaN or infinity", lambda: quantized_copy(policy, scheme))
 
 
 def test_plain_weights_beside_rounded_inputs_must_be_finite_too():
     policy = llada()
     rollout = quantized_copy(policy, FakeQuantize(weight=None, activation="e4m3"))
     policy.module.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
-    with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.up_proj\.weight has NaN or infinity"):
-        sync_weights(policy, rollout)
+    refuses(r"^model\.layers\.1\.mlp\.up_proj\.weight has NaN or infinity", lambda: sync_weights(policy, rollout))
 
 
 @pytest.mark.repeated(every=4)
@@ -431,8 +429,7 @@ def test_stale_rollouts_are_refused():
     policy.weights_version = 5
     with pytest.raises(RuntimeError, match="weights_version=3 of the rollout is 2 updates behind the learner's 5"):
         check_staleness(rollout, policy)
-    with pytest.raises(RuntimeError, match="2 updates behind"):
-        check_staleness(rollout, policy, max_staleness=1)
+    refuses("2 updates behind", lambda: check_staleness(rollout, policy, max_staleness=1), RuntimeError)
     check_staleness(rollout, policy, max_staleness=2)
     with pytest.raises(RuntimeError, match="weights_version=6"):
         check_staleness(replace(rollout, weights_version=6), policy, max_staleness=2)

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+from refusals import refuses
 from tiny_recipe import tiny_recipe
 
 from dllm_rl import main
@@ -51,8 +52,7 @@ def test_a_config_with_fsdp_is_refused_also_on_a_cpu(tmp_path, monkeypatch):
     _, environment = launched("--config_file", str(tmp_path / "fsdp.yaml"))
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
-    with pytest.raises(ValueError, match="distributed_type=FSDP in the launch's config"):
-        check_launch_config()
+    refuses("distributed_type=FSDP in the launch's config", check_launch_config)
 
 
 def test_cpu_processes_that_accelerate_does_not_start_are_missed(monkeypatch):
@@ -65,8 +65,7 @@ def test_cpu_processes_that_accelerate_does_not_start_are_missed(monkeypatch):
             if count == "1":
                 assert make_accelerator().num_processes == 1
             else:
-                with pytest.raises(ValueError, match=r"asked for several CPU processes and started one.*cpu_2.yaml"):
-                    make_accelerator()
+                refuses(r"asked for several CPU processes and started one.*cpu_2.yaml", make_accelerator)
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
@@ -89,8 +88,7 @@ def test_a_script_that_calls_grpo_says_one_line_under_a_launch_that_cannot_work(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == (rank == "0") and all(line.startswith("error: ") for line in lines)
     monkeypatch.setenv("DLLM_RL_TRACEBACK", "1")
-    with pytest.raises(ValueError, match=r"distributed_type=|Accelerate was asked for several"):
-        train(tiny_recipe(tmp_path / "run"))
+    refuses(r"distributed_type=|Accelerate was asked for several", lambda: train(tiny_recipe(tmp_path / "run")))
 
 
 def test_a_recipe_so_launched_says_one_line_and_ends_with_status_2(tmp_path, monkeypatch, capsys):

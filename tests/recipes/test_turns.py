@@ -8,6 +8,7 @@ from itertools import product
 import pytest
 import torch
 from likelihood_toys import TablePolicy
+from refusals import refuses
 from run_outputs import metrics_of
 
 from dllm_rl import ELBO, Confidence, Coupled, MaxProb, OneStep, Prompts, Trajectory, Unmask
@@ -138,8 +139,7 @@ def test_the_tools_tokens_are_not_scored_and_get_no_gradient():
 def test_other_estimators_refuse_the_rollout(estimator):
     toy, prompts = Toy(), Prompts.from_ids([[A]], pad_id=PAD, num_generations=2)
     rollout = two_turns(WRITE, TEXTS.get, 3)(toy, prompts, torch.Generator().manual_seed(0))
-    with pytest.raises(ValueError, match=r"the rollout has several turns .* use Trajectory\(\)"):
-        scored(toy, rollout, estimator)
+    refuses(r"the rollout has several turns .* use Trajectory\(\)", lambda: scored(toy, rollout, estimator))
 
 
 def test_the_first_canvas_has_no_columns_of_the_second_turn():
@@ -159,8 +159,7 @@ def test_the_first_canvas_has_no_columns_of_the_second_turn():
 def test_a_trace_refuses_the_rollout(tmp_path):
     toy, prompts = Toy(), Prompts.from_ids([[A]], pad_id=PAD, num_generations=2)
     rollout = two_turns(WRITE, TEXTS.get, 3)(toy, prompts, torch.Generator().manual_seed(0))
-    with pytest.raises(ValueError, match="a trace holds one turn"):
-        write_trace(tmp_path / "trace.jsonl", rollout)
+    refuses("a trace holds one turn", lambda: write_trace(tmp_path / "trace.jsonl", rollout))
 
 
 def without_hidden_columns(policy, rollout):
@@ -236,8 +235,7 @@ def test_the_tool_reads_the_first_turn():
 
 
 def test_a_wrong_total_length_is_refused():
-    with pytest.raises(ValueError, match="max_new_tokens=9 must be 7"):
-        TwoTurns(max_new_tokens=9, turn=WRITE, tool=TEXTS.get, tool_length=3)
+    refuses("max_new_tokens=9 must be 7", lambda: TwoTurns(max_new_tokens=9, turn=WRITE, tool=TEXTS.get, tool_length=3))
 
 
 @pytest.mark.parametrize(

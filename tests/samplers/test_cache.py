@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from layouts import checkpoint
+from refusals import refuses
 from repetitions import few, pairwise, slow
 
 from dllm_rl import load_policy
@@ -296,17 +297,12 @@ def test_one_layer_is_exact_without_refresh(make, kind):
 
 
 def test_errors(policies, tmp_path):
-    with pytest.raises(ValueError, match=r"use None or BlockCache\(\)"):
-        run(policies("sdar"), cache=PrefixCache())
-    with pytest.raises(ValueError, match=r"use None or PrefixCache\(\)"):
-        run(policies("llada"), cache=BlockCache())
-    with pytest.raises(ValueError, match="refresh=0"):
-        DualCache(refresh=0)
-    with pytest.raises(ValueError, match="block_size=8 is not the policy's"):
-        run(policies("sdar"), block_size=8)
+    refuses(r"use None or BlockCache\(\)", lambda: run(policies("sdar"), cache=PrefixCache()))
+    refuses(r"use None or PrefixCache\(\)", lambda: run(policies("llada"), cache=BlockCache()))
+    refuses("refresh=0", lambda: DualCache(refresh=0))
+    refuses("block_size=8 is not the policy's", lambda: run(policies("sdar"), block_size=8))
     bert = load_policy(checkpoint(tmp_path, "modernbert"))
-    with pytest.raises(ValueError, match="keeps no keys and values"):
-        run(bert, cache=PrefixCache())
+    refuses("keeps no keys and values", lambda: run(bert, cache=PrefixCache()))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from refusals import refuses
 from repetitions import few
 
 from dllm_rl import train
@@ -203,8 +204,7 @@ def test_a_rule_takes_written_or_changed_and_leaves_the_last_step_whole(policy):
     def stubborn(scores, masked, steps_left, remaskable):
         return masked | remaskable
 
-    with pytest.raises(ValueError, match="commit=both takes remaskable and replaceable"):
-        sample(policy, IDS, range(3), commit=both)
+    refuses("commit=both takes remaskable and replaceable", lambda: sample(policy, IDS, range(3), commit=both))
     with pytest.raises(ValueError, match="commit=three takes remaskable and redrawable and replaceable"):
         sample(policy, IDS, range(3), commit=three)
     with pytest.raises(ValueError, match="commit=stubborn masked positions again in the last step"):
@@ -217,14 +217,10 @@ def test_a_rule_takes_written_or_changed_and_leaves_the_last_step_whole(policy):
 
 
 def test_settings_out_of_range_are_named():
-    with pytest.raises(ValueError, match=r"eta=1.5 must lie in \[0, 1\]"):
-        revise.Remask(eta=1.5)
-    with pytest.raises(ValueError, match=r"tau_edit=-1.0 must lie in \[0, 1\]"):
-        revise.Edit(tau=0.5, tau_edit=-1.0)
-    with pytest.raises(ValueError, match=r"rate=1.5 must lie in \[0, 1\]"):
-        revise.SoftEdit(rate=1.5)
-    with pytest.raises(TypeError, match="eta"):
-        revise.Remask()
+    refuses(r"eta=1.5 must lie in \[0, 1\]", lambda: revise.Remask(eta=1.5))
+    refuses(r"tau_edit=-1.0 must lie in \[0, 1\]", lambda: revise.Edit(tau=0.5, tau_edit=-1.0))
+    refuses(r"rate=1.5 must lie in \[0, 1\]", lambda: revise.SoftEdit(rate=1.5))
+    refuses("eta", revise.Remask, TypeError)
 
 
 def test_a_run_learns_from_it_by_an_estimate_that_does_not_replay(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 import whole_steps
 from layouts import checkpoint
+from refusals import refuses
 from repetitions import few
 from simulated_cuda import SimulatedCuda
 
@@ -120,13 +121,10 @@ def test_what_has_no_fixed_shapes_is_refused(tmp_path):
     def run(**settings):
         Unmask(max_new_tokens=4, compile_step=True, **settings)(policy, prompts, torch.Generator())
 
-    with pytest.raises(ValueError, match=r"^compile_step=True .*use DualCache\(\), or set compile_step=False$"):
-        run(cache=PrefixCache())
-    with pytest.raises(ValueError, match="commit=Remask, which rewrites"):
-        run(rank=RandomOrder(), commit=Remask(eta=0.1))
+    refuses(r"^compile_step=True .*use DualCache\(\), or set compile_step=False$", lambda: run(cache=PrefixCache()))
+    refuses("commit=Remask, which rewrites", lambda: run(rank=RandomOrder(), commit=Remask(eta=0.1)))
     gaps = Prompts.from_ids([[3, policy.spec.mask_id]], pad_id=policy.pad_id, mask_id=policy.spec.mask_id)
-    with pytest.raises(ValueError, match="open positions"):
-        Unmask(max_new_tokens=4, compile_step=True)(policy, gaps, torch.Generator())
+    refuses("open positions", lambda: Unmask(max_new_tokens=4, compile_step=True)(policy, gaps, torch.Generator()))
     bert = load_policy(checkpoint(tmp_path, "modernbert"))
     with pytest.raises(ValueError, match="needs keys and values, which ModernBertForMaskedLM does not keep"):
         whole_steps.sampled(bert, DualCache(), compile_step=True)
@@ -134,8 +132,7 @@ def test_what_has_no_fixed_shapes_is_refused(tmp_path):
 
 def test_quantized_experts_are_refused(tmp_path):
     policy = quantized_copy(load_policy(checkpoint(tmp_path, "llada_moe")), schemes.Float8WeightOnly())
-    with pytest.raises(ValueError, match="quantized experts"):
-        whole_steps.sampled(policy, None, compile_step=True)
+    refuses("quantized experts", lambda: whole_steps.sampled(policy, None, compile_step=True))
 
 
 def test_too_many_shapes_are_one_line(monkeypatch):

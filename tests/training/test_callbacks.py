@@ -10,6 +10,7 @@ import pytest
 import torch
 from layouts import published
 from ranks import run_ranks
+from refusals import refused, refuses
 
 from dllm_rl import (
     Callback,
@@ -311,29 +312,19 @@ def test_a_resume_forgets_a_best_checkpoint_that_is_not_there(tmp_path, capsys, 
     assert Path(summary.get("best_checkpoint", summary["checkpoint"])).exists()
 
 
-@pytest.mark.parametrize(
-    ("settings", "field"),
-    [
-        ({"callbacks": [print]}, "callbacks"),
-        ({"callbacks": StopBelow()}, "callbacks"),
-        ({"callbacks": [StopBelow]}, "callbacks"),
-        ({"metric_for_best_model": "reward"}, "eval_steps"),
-        ({"metric_for_best_model": "rewards", "eval_steps": 1}, "metric_for_best_model"),
-        ({"load_best_model_at_end": True}, "metric_for_best_model"),
-        ({"metric_for_best_model": "reward", "eval_steps": 0}, "eval_steps=0 never"),
-        ({"callbacks": [StopBelow("eval/reward")], "eval_steps": 0}, r"StopBelow\('eval/reward'\) .* eval_steps=0"),
-        ({"callbacks": [StopBelow("eval/reward")], "eval_steps": 9}, r"StopBelow\('eval/reward'\) .* every 9 steps"),
-        ({"callbacks": [StopBelow("eval/rewards")], "eval_steps": 1}, "the nearest is 'reward'"),
-    ],
+test_what_cannot_be_called_or_measured_is_refused_before_the_first_step = refused(
+    ({"callbacks": [print]}, "callbacks"),
+    ({"callbacks": StopBelow()}, "callbacks"),
+    ({"callbacks": [StopBelow]}, "callbacks"),
+    ({"metric_for_best_model": "reward"}, "eval_steps"),
+    ({"metric_for_best_model": "rewards", "eval_steps": 1}, "metric_for_best_model"),
+    ({"load_best_model_at_end": True}, "metric_for_best_model"),
+    ({"metric_for_best_model": "reward", "eval_steps": 0}, "eval_steps=0 never"),
+    ({"callbacks": [StopBelow("eval/reward")], "eval_steps": 0}, r"StopBelow\('eval/reward'\) .* eval_steps=0"),
+    ({"callbacks": [StopBelow("eval/reward")], "eval_steps": 9}, r"StopBelow\('eval/reward'\) .* every 9 steps"),
+    ({"callbacks": [StopBelow("eval/rewards")], "eval_steps": 1}, "the nearest is 'reward'"),
+    by=lambda settings, tmp_path: run(tmp_path / "run", **settings),
 )
-def test_what_cannot_be_called_or_measured_is_refused_before_the_first_step(tmp_path, settings, field):
-    with pytest.raises(ValueError, match=field):
-        run(tmp_path / "run", **settings)
-
-
-def test_what_a_callback_returns_must_be_numbers():
-    with pytest.raises(ValueError, match=r"Named\.on_step"):
-        hooks.check_numbers(Named(), {"mine": "high"}, {})
 
 
 class Named(Callback):
@@ -358,13 +349,6 @@ def test_names_that_only_the_log_gives_are_the_runs_too():
         with pytest.raises(ValueError, match=f"'{name}', a name of the run"):
             hooks.check_numbers(Named(), {"mine": 1, name: 2.0}, {"reward": 0.5})
     assert hooks.check_numbers(Named(), {"mine/reward": 1}, {"reward": 0.5}) == {"mine/reward": 1.0}
-
-
-def test_sft_keeps_its_numbers_too(tmp_path):
-    rows = [{"prompt": row["prompt"], "completion": row["answer"]} for row in ROWS]
-    options = {"max_length": 8, "num_steps": 1, "report_to": "none", "output_dir": str(tmp_path)}
-    with pytest.raises(ValueError, match=r"Named\.on_step returned 'loss'"):
-        sft(small_model(), rows, **options, callbacks=[Named("loss")])
 
 
 def test_a_metric_that_never_occurs_is_named_after_the_first_step(tmp_path, capsys):
@@ -428,8 +412,7 @@ def test_a_hook_that_no_run_can_call_is_refused_before_the_model_is_loaded(tmp_p
         raise AssertionError("loaded")
 
     recipe = grpo_recipe(small_model(), ROWS, close, output_dir=str(tmp_path / "run"))
-    with pytest.raises(ValueError, match=said):
-        replace(recipe, model=model, callbacks=[callback()])
+    refuses(said, lambda: replace(recipe, model=model, callbacks=[callback()]))
 
 
 def test_hooks_may_take_more_if_it_has_defaults():
@@ -451,8 +434,7 @@ class Misspelled(Callback):
 
 
 def test_on_evaluate_is_first_called_before_the_training(tmp_path):
-    with pytest.raises(KeyError, match="eval/rewards"):
-        run(tmp_path, num_steps=2, eval_steps=2, callbacks=[Misspelled()])
+    refuses("eval/rewards", lambda: run(tmp_path, num_steps=2, eval_steps=2, callbacks=[Misspelled()]), KeyError)
     assert metrics_of(tmp_path) == []
 
 
@@ -633,3 +615,17 @@ def test_a_quantized_copy_in_bf16_is_evaluated_in_the_arithmetic_of_rollouts(tmp
     monkeypatch.setattr(validation, "evaluation_of", evaluated)
     run(tmp_path, num_steps=1, bf16=True, rollout_quantization=FakeQuantize())
     assert seen == [(torch.float32, False), (torch.float32, False), (torch.bfloat16, True)]  # before RL, and after
+
+
+test_refused = refused(
+    (lambda: hooks.check_numbers(Named(), {"mine": "high"}, {}), r"Named\.on_step"),
+    (
+        lambda tmp_path: sft(
+            small_model(),
+            [{"prompt": row["prompt"], "completion": row["answer"]} for row in ROWS],
+            **{"max_length": 8, "num_steps": 1, "report_to": "none", "output_dir": str(tmp_path)},
+            callbacks=[Named("loss")],
+        ),
+        r"Named\.on_step returned 'loss'",
+    ),
+)

@@ -21,6 +21,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from ray_processes import named, of_ray, workers
+from refusals import refuses
 from repetitions import nightly
 from run_outputs import assert_same_weights, metrics_of, weights_of
 from tiny_recipe import ONE_PUZZLE, SIZES, OddPuzzles, Wrapped, tiny_recipe, with_changes
@@ -405,8 +406,7 @@ def test_late_rollouts_that_a_feature_moves_keep_their_logprobs(tmp_path, likeli
         with pytest.raises(ValueError, match=r"^features: before_scoring of Moves left late rollouts of shape"):
             scored(change)
     order = torch.arange(len(late.group))
-    with pytest.raises(ValueError, match=r"^Samples.reorder: late"):
-        late.reorder(order, (len(order) // 2,) * 2, late.rollout)
+    refuses(r"^Samples.reorder: late", lambda: late.reorder(order, (len(order) // 2,) * 2, late.rollout))
     fresh = replace(late, rollout_logprobs=())
     with pytest.raises(ValueError, match=r"^Samples: rows of one group are apart"):
         fresh.reorder(order.view(2, -1).T.flatten(), fresh.counts, fresh.rollout)
@@ -474,8 +474,7 @@ class Failing(Wrapped):
 def test_an_error_of_a_grader_ends_the_run_and_the_last_step_is_saved(tmp_path):
     recipe = late_recipe(tmp_path, num_steps=6)
     recipe = replace(recipe, task=Failing(recipe.task))
-    with pytest.raises(RuntimeError, match=r"grader of task 'wrapped' raised .*no such board"):
-        train_here(recipe)
+    refuses(r"grader of task 'wrapped' raised .*no such board", lambda: train_here(recipe), RuntimeError)
     done = metrics_of(tmp_path)[-1]["step"] + 1
     assert (tmp_path / "checkpoints" / f"step-{done:06d}").exists()
 
@@ -486,8 +485,7 @@ def test_damaged_bytes_are_refused(tmp_path):
     whole = serialize({"a": torch.ones(2)}, {"b": 1})
     for data in (b"", whole[:20], whole[:-1], b"\xff" * 40):
         (tmp_path / "rollouts" / "000001.safetensors").write_bytes(data)
-        with pytest.raises(ValueError, match=r"000001.safetensors is damaged"):
-            read_pending_file(tmp_path, "rollouts/000001.safetensors")
+        refuses(r"000001.safetensors is damaged", lambda: read_pending_file(tmp_path, "rollouts/000001.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -516,8 +514,7 @@ def test_a_missing_ray_is_refused(tmp_path, monkeypatch):
     recipe = late_recipe(tmp_path)
     assert ray_workers(with_changes(recipe, rollout_workers=0, max_staleness=0)) is None
     monkeypatch.setattr(ray_pool, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"needs Ray: pip install -e '.\[ray\]'"):
-        train(recipe)
+    refuses(r"needs Ray: pip install -e '.\[ray\]'", lambda: train(recipe))
     assert not tmp_path.exists() or not any(tmp_path.iterdir())
 
 
@@ -640,8 +637,7 @@ def test_other_learners_do_not_wait_in_an_exchange_for_the_complete_batch(tmp_pa
     finished[0] = b"a batch"
     assert rollouts._next(0) == b"a batch"
     failure.append(ValueError("the grader failed"))
-    with pytest.raises(ValueError, match="the grader failed"):
-        rollouts._next(1)
+    refuses("the grader failed", lambda: rollouts._next(1))
 
 
 # --- With Ray: each test starts a cluster, and workers that import the library ----------------------------

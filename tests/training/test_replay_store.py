@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from refusals import refused, refuses
 from repetitions import slow
 from run_outputs import assert_same_weights, metrics_of, weights_of
 from tiny_recipe import ONE_PUZZLE, SIZES, Wrapped, tiny_recipe, tiny_recipe_ar
@@ -252,8 +253,7 @@ def test_a_run_that_ends_within_a_step_continues_bit_for_bit(tmp_path, module, n
                 os._exit(0)
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
         else:
-            with pytest.raises(ValueError, match="ends here"):
-                train(recipe_of(tmp_path / "parts", **changes))
+            refuses("ends here", lambda: train(recipe_of(tmp_path / "parts", **changes)))
     assert max(step for step, _ in list_checkpoints(tmp_path / "parts" / "checkpoints")) == 2
     resumed = train(recipe_of(tmp_path / "parts", **changes, resume_from_checkpoint="latest"))
     assert_same_weights(whole, resumed)
@@ -397,25 +397,18 @@ def test_a_causal_model(tmp_path):
 
 def test_rollouts_of_several_turns_are_refused():
     rollout = SimpleNamespace(first_step=torch.zeros(1, 2))
-    with pytest.raises(ValueError, match="replay cannot train on rollouts of several turns"):
-        examples_of(rollout)
+    refuses("replay cannot train on rollouts of several turns", lambda: examples_of(rollout))
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"replay": None, "num_iterations": 0}, "num_iterations=0 trains on nothing without replay"),
-        ({"num_iterations": 0, "beta": 0.1}, "num_iterations=0 has no policy gradient"),
-        ({"num_iterations": 0, "entropy_coeff": 0.1}, "num_iterations=0 has no policy gradient"),
-        ({"teacher": "reference"}, "replay keeps answers by their reward"),
-    ],
+test_settings_that_cannot_be_combined = refused(
+    ({"replay": None, "num_iterations": 0}, "num_iterations=0 trains on nothing without replay"),
+    ({"num_iterations": 0, "beta": 0.1}, "num_iterations=0 has no policy gradient"),
+    ({"num_iterations": 0, "entropy_coeff": 0.1}, "num_iterations=0 has no policy gradient"),
+    ({"teacher": "reference"}, "replay keeps answers by their reward"),
+    by=lambda changes, tmp_path: tiny_recipe(tmp_path, **{"replay": Replay(min_reward=1.0), **changes}),
 )
-def test_settings_that_cannot_be_combined(tmp_path, changes, message):
-    with pytest.raises(ValueError, match=message):
-        tiny_recipe(tmp_path, **{"replay": Replay(min_reward=1.0), **changes})
 
 
 @pytest.mark.parametrize("setting", ["num_updates", "batch_size", "max_replays", "capacity", "learning_rate"])
 def test_settings_below_their_bounds(setting):
-    with pytest.raises(ValueError, match=f"{setting}=0"):
-        Replay(**{"min_reward": 1.0, setting: 0})
+    refuses(f"{setting}=0", lambda: Replay(**{"min_reward": 1.0, setting: 0}))

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from refusals import refuses
 from tiny_recipe import SIZES, tiny_recipe
 
 from dllm_rl.distributed.collectives import OneProcess, make_accelerator
@@ -228,8 +229,7 @@ def test_warm_up_ends_with_the_first_look_that_finds_the_target(tmp_path):
     [(Problem("1="), "solution is None"), (Problem("1=", solution="12341"), "max_new_tokens=4 is too short")],
 )
 def test_what_cannot_be_shown_is_refused(problem, message):
-    with pytest.raises(ValueError, match=message):
-        solution_examples(tiny_masked_lm(**SIZES), [problem], max_new_tokens=4)
+    refuses(message, lambda: solution_examples(tiny_masked_lm(**SIZES), [problem], max_new_tokens=4))
 
 
 ROWS = [{"prompt": f"{a}{b}=", "completion": f"{b}{a}"} for a in "1234" for b in "1234"]
@@ -253,8 +253,7 @@ def of_rows(tmp_path, rows, **changes):
 def test_each_solution_that_is_drawn_is_read_before_the_run(tmp_path, rehearsal, solution, message):
     """One row of sixteen; the run would end after some steps of the warm-up."""
     rows = [row | {"completion": solution} if row["prompt"] == "22=" else row for row in ROWS]
-    with pytest.raises(ValueError, match=message):
-        train(of_rows(tmp_path, rows))
+    refuses(message, lambda: train(of_rows(tmp_path, rows)))
     assert not (tmp_path / "run").exists()
     train(of_rows(tmp_path, rows, sft_warmup_steps=0))
 
@@ -283,5 +282,4 @@ def test_a_warmup_of_blanks_is_refused_before_the_model_is_made(tmp_path):
         [{"prompt": "1_"}] * 4, reward_funcs=lambda completions: [0.0] * len(completions), blank="_"
     )
     given = {"task": task, "sft_warmup_steps": 2, "model": lambda: pytest.fail("made")}
-    with pytest.raises(ValueError, match="a problem has blanks"):
-        train(tiny_recipe(tmp_path / "run", **given))
+    refuses("a problem has blanks", lambda: train(tiny_recipe(tmp_path / "run", **given)))

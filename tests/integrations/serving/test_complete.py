@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from refusals import refused
 from tiny_recipe import tiny_recipe
 
 from dllm_rl import Problem, Unmask, complete
@@ -59,15 +60,10 @@ def test_a_runs_policy_completes_as_its_evaluations_do(tmp_path):
     assert policy.complete(text) == policy.complete(text, sampler=recipe.eval_sampler)
 
 
-@pytest.mark.parametrize(
-    ("prompts", "options", "said"),
-    [
-        ([], {}, "no prompts: give at least one"),
-        (["1", 2], {}, "prompts has 2, which is neither a text nor a chat"),
-        ([[]], {}, "neither a text nor a chat"),
-        ("1", {"max_tokens": 3}, "max_tokens=3 is no setting of Unmask"),
-    ],
+test_what_is_no_prompt_or_no_setting_is_refused = refused(
+    ([], {}, "no prompts: give at least one"),
+    (["1", 2], {}, "prompts has 2, which is neither a text nor a chat"),
+    ([[]], {}, "neither a text nor a chat"),
+    ("1", {"max_tokens": 3}, "max_tokens=3 is no setting of Unmask"),
+    by=lambda prompts, options: tiny_masked_lm(**DIGITS).complete(prompts, **options),
 )
-def test_what_is_no_prompt_or_no_setting_is_refused(prompts, options, said):
-    with pytest.raises(ValueError, match=said):
-        tiny_masked_lm(**DIGITS).complete(prompts, **options)

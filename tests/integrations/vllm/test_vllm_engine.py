@@ -19,6 +19,7 @@ from typing import ClassVar
 import pytest
 import torch
 from layouts import checkpoint
+from refusals import refuses
 from safetensors.torch import load_file
 from tiny_recipe import SIZES, tiny_recipe_ar
 from transformers import AutoModelForCausalLM
@@ -425,8 +426,7 @@ def test_a_run_whose_server_restarts_or_ends_saves_its_last_step(tmp_path, monke
     run = recipe_of(tmp_path, save_steps=10, rollout_engine=VLLMServer(url=server.url))
     with monkeypatch.context() as patched:
         patched.setattr(VLLMServer, "sync", sync_after_the_event)
-        with pytest.raises(error, match=said):
-            train(run)
+        refuses(said, lambda: train(run), error)
     assert (tmp_path / "checkpoints" / "step-000001").is_dir()
     if event == "restarts":
         assert train(replace(run, resume_from_checkpoint="latest")).policy.weights_version == 2
@@ -521,16 +521,13 @@ def test_settings_that_cannot_work_are_refused(tmp_path):
         VLLMEngine(engine_args={"logprobs_mode": "raw_logprobs"})
     with pytest.raises(ValueError, match="url='localhost:8000' is not the address of a server; give http://HOST:PORT"):
         VLLMServer(url="localhost:8000")
-    with pytest.raises(ValueError, match=r"temperature=0.005: vLLM raises it to 0.01"):
-        VLLMSampler(max_new_tokens=2, temperature=0.005)
-    with pytest.raises(ValueError, match="scores others: use Causal"):
-        recipe_of(tmp_path, likelihood=ELBO())
+    refuses(r"temperature=0.005: vLLM raises it to 0.01", lambda: VLLMSampler(max_new_tokens=2, temperature=0.005))
+    refuses("scores others: use Causal", lambda: recipe_of(tmp_path, likelihood=ELBO()))
     policy = learner()
     rollout_policy = VLLMEngine(max_model_len=8).load(policy)
     with pytest.raises(ValueError, match="max_new_tokens=6 after a prompt of 4 tokens exceeds vLLM's max_model_len=8"):
         SAMPLER(rollout_policy, prompts(policy), generator_for(0))
     with pytest.raises(ValueError, match="gives log-probs of the tokens that it samples, and no logits"):
         rollout_policy.logits(torch.tensor([[3]]), torch.tensor([[True]]))
-    with pytest.raises(ValueError, match="needs the policy of rollout_engine=VLLMEngine"):
-        SAMPLER(policy, prompts(policy), generator_for(0))
+    refuses("needs the policy of rollout_engine=VLLMEngine", lambda: SAMPLER(policy, prompts(policy), generator_for(0)))
     assert math.isfinite(SAMPLER(VLLMEngine().load(policy), prompts(policy), generator_for(0)).logprobs.sum())

@@ -12,6 +12,7 @@ import torch
 import transformers
 from emulated import int3_emulated
 from layouts import checkpoint, published
+from refusals import refuses
 from repetitions import few, slow
 from safetensors.torch import load_file
 from simulated_cuda import SimulatedCuda
@@ -475,10 +476,8 @@ def test_a_quantized_rollout_is_made_and_refreshed_from_merged_weights(lora):
 
 def test_adapters_that_do_not_fit(tmp_path):
     policy = tiny_llama(causal=False, **SMALL | {"num_layers": 2})
-    with pytest.raises(ValueError, match="no adapters to leave out"):
-        policy.reference()
-    with pytest.raises(ValueError, match=r"lora.targets=\('query',\) names no linear layer"):
-        add_lora(policy, Lora(targets=("query",)))
+    refuses("no adapters to leave out", policy.reference)
+    refuses(r"lora.targets=\('query',\) names no linear layer", lambda: add_lora(policy, Lora(targets=("query",))))
     for names in (("q_proj", "v_porj"), ("self_attn.q_proj", "v_proj"), ("model.layers.0.mlp.up", "q_proj")):
         wrong = next(name for name in names if not name.startswith(("q_", "v_proj")))
         with pytest.raises(
@@ -489,15 +488,12 @@ def test_adapters_that_do_not_fit(tmp_path):
         add_lora(policy, Lora(r=2, targets=("q_proj", "lm_head")))
     assert not adapted_layers(policy.module)
     add_lora(policy, Lora(r=2))
-    with pytest.raises(ValueError, match="has adapters already"):
-        add_lora(policy, Lora(r=2))
+    refuses("has adapters already", lambda: add_lora(policy, Lora(r=2)))
     save_adapter(policy, tmp_path)
-    with pytest.raises(ValueError, match="do not fit"):
-        load_adapter(tiny_llama(causal=False, **SMALL), tmp_path)
+    refuses("do not fit", lambda: load_adapter(tiny_llama(causal=False, **SMALL), tmp_path))
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
-    with pytest.raises(ValueError, match="use_dora=True is not supported"):
-        load_adapter(tiny_llama(causal=False, **SMALL), tmp_path)
+    refuses("use_dora=True is not supported", lambda: load_adapter(tiny_llama(causal=False, **SMALL), tmp_path))
 
 
 @pytest.mark.repeated(every=4)
@@ -562,8 +558,7 @@ def test_adapters_of_other_methods_are_refused_by_name(tmp_path, method):
     for check in (load_policy, partial(load_adapter, tiny_llama(causal=False, **SMALL))):
         with pytest.raises(ValueError, match=rf"^{tmp_path}: peft_type='{name}' is not supported; only LoRA is"):
             check(tmp_path)
-    with pytest.raises(ValueError, match=rf"^peft_config: peft_type='{name}' is not supported"):
-        check_peft_config(config)
+    refuses(rf"^peft_config: peft_type='{name}' is not supported", lambda: check_peft_config(config))
 
 
 @pytest.mark.parametrize("base", ["../base", "../../somewhere/base"])
@@ -575,16 +570,14 @@ def test_a_base_above_the_working_directory_is_found_from_there_or_from_the_adap
     policy = tiny_llama(characters="ab", causal=True, num_layers=1, hidden_size=8, num_attention_heads=2)
     add_lora(policy, Lora(r=2))
     save_adapter(policy, adapters, base=base)
-    with pytest.raises(ValueError, match=re.escape(f"their base {base!r} is missing")):
-        base_of_adapter(adapters)
+    refuses(re.escape(f"their base {base!r} is missing"), lambda: base_of_adapter(adapters))
     for root in (here, adapters):
         (root / base).mkdir(parents=True)
         assert base_of_adapter(adapters).samefile(root / base)
         (root / base).rmdir()
     for root in (here, adapters):
         (root / base).mkdir()
-    with pytest.raises(ValueError, match="as seen from the adapters and from here; give it as an absolute path"):
-        base_of_adapter(adapters)
+    refuses("as seen from the adapters and from here; give it as an absolute path", lambda: base_of_adapter(adapters))
 
 
 # The loop, on the smallest Sudoku.

@@ -16,6 +16,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from layouts import checkpoint, published
+from refusals import refuses
 from transformers.utils import logging
 
 from dllm_rl import load_policy, make_policy, tiny_llama
@@ -139,8 +140,7 @@ def test_a_model_that_an_offline_machine_does_not_hold_is_named(tmp_path, monkey
     with pytest.raises(ValueError, match=r"model='owner/name' is no folder, and not in the cache.* --model FOLDER"):
         load_policy("owner/name")
     (tmp_path / "models--owner--name").mkdir()  # as an interrupted download leaves it
-    with pytest.raises(ValueError, match=r"model='owner/name' is not complete in this machine's cache"):
-        load_policy("owner/name")
+    refuses(r"model='owner/name' is not complete in this machine's cache", lambda: load_policy("owner/name"))
 
 
 @pytest.mark.parametrize("load", [loading.load_config, loading.checkpoint_folder, load_policy])
@@ -162,12 +162,9 @@ def test_a_path_that_is_missing_is_answered_with_the_folders_beside_it(tmp_path,
         load(tmp_path / "out/night/checkpoints/step-000000")
     for name in "abcdefg":
         (tmp_path / f"out/z{name}").mkdir()
-    with pytest.raises(ValueError, match=r"; out has \.\.\., zc, zd, ze, zf, zg; the nearest is night$"):
-        load("out/nights")
-    with pytest.raises(ValueError, match=r"'nights' is neither a folder nor a hub id .*; \. has out$"):
-        load("nights")
-    with pytest.raises(ValueError, match=r"'gone/night' is no folder, .*, or download the model elsewhere$"):
-        load("gone/night")
+    refuses(r"; out has \.\.\., zc, zd, ze, zf, zg; the nearest is night$", lambda: load("out/nights"))
+    refuses(r"'nights' is neither a folder nor a hub id .*; \. has out$", lambda: load("nights"))
+    refuses(r"'gone/night' is no folder, .*, or download the model elsewhere$", lambda: load("gone/night"))
 
 
 def test_a_runs_folder_is_its_newest_checkpoint(tmp_path):
@@ -202,8 +199,7 @@ def test_without_a_network_a_hub_id_is_refused_at_the_first_try(tmp_path, monkey
         raise socket.gaierror("no network")
 
     monkeypatch.setattr(socket, "getaddrinfo", fail)
-    with pytest.raises(ValueError, match="model='owner/name' is no folder, and not in the cache, and the hub cannot"):
-        load("owner/name")
+    refuses("model='owner/name' is no folder, and not in the cache, and the hub cannot", lambda: load("owner/name"))
     assert len(tries) == 1 and not capsys.readouterr().err and not logged
 
 
@@ -247,8 +243,7 @@ def test_the_config_of_a_hubs_model_is_read_without_its_weights(hub):
     }
     fetched.clear()
     assert loading.load_config("GSAI-ML/LLaDA-8B-Instruct")["n_layers"] == 32 and not fetched  # the package carries it
-    with pytest.raises(ValueError, match="model='owner/bare': its repository has no config"):
-        loading.load_config("owner/bare")
+    refuses("model='owner/bare': its repository has no config", lambda: loading.load_config("owner/bare"))
     for load in (loading.load_config, loading.checkpoint_folder):
         with pytest.raises(ValueError, match=r"'owner/none' is no folder, and the hub refuses it as an id \(404 C"):
             load("owner/none")
@@ -271,20 +266,17 @@ def test_a_folder_of_two_sets_of_weights_is_refused(tmp_path, family):
     load_policy(shards)
 
     shutil.copy(folder / "model.safetensors", shards)
-    with pytest.raises(ValueError, match=r"model.safetensors and the files of .* are two sets of weights; delete"):
-        load_policy(shards)
+    refuses(r"model.safetensors and the files of .* are two sets of weights; delete", lambda: load_policy(shards))
 
     add_lora(policy, Lora(r=2))
     save_adapter(policy, single, base=str(folder))
-    with pytest.raises(ValueError, match=r"has a model's weights \(model.safetensors\) and adapters \(adapter_config"):
-        load_policy(single)
+    refuses(r"has a model's weights \(model.safetensors\) and adapters \(adapter_config", lambda: load_policy(single))
     (single / "model.safetensors").unlink()  # as some tools write adapters, with the base's config beside them
     assert torch.equal(embedding(load_policy(single)), embedding(policy))
 
     fields = json.loads((config / "config.json").read_text())
     (config / "config.json").write_text(json.dumps(fields | {"transformers_weights": "other.safetensors"}))
-    with pytest.raises(ValueError, match=r"transformers_weights='other.safetensors'; delete the field"):
-        load_policy(config)
+    refuses(r"transformers_weights='other.safetensors'; delete the field", lambda: load_policy(config))
 
 
 @pytest.mark.repeated
