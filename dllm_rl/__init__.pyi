@@ -11,7 +11,6 @@ from .algorithms.correctors import TIS as TIS
 from .algorithms.correctors import Aligned as Aligned
 from .algorithms.correctors import Compose as Compose
 from .algorithms.correctors import Corrector as Corrector
-from .algorithms.correctors import FunctionCorrector as FunctionCorrector
 from .algorithms.correctors import IcePop as IcePop
 from .algorithms.correctors import NoCorrection as NoCorrection
 from .algorithms.correctors import QaRL as QaRL
@@ -27,7 +26,6 @@ from .algorithms.losses import SAPO as SAPO
 from .algorithms.losses import VESPO as VESPO
 from .algorithms.losses import FixedLengthMean as FixedLengthMean
 from .algorithms.losses import Loss as Loss
-from .algorithms.losses import LossReduction as LossReduction
 from .algorithms.losses import OffPolicyMask as OffPolicyMask
 from .algorithms.losses import PPOClip as PPOClip
 from .algorithms.losses import Reinforce as Reinforce
@@ -38,7 +36,6 @@ from .algorithms.optimizers import AdamW as AdamW
 from .algorithms.optimizers import AdamW8bit as AdamW8bit
 from .algorithms.prompt_sources import MixedRewardPrompts as MixedRewardPrompts
 from .algorithms.prompt_sources import PromptSource as PromptSource
-from .algorithms.prompt_sources import UniformPrompts as UniformPrompts
 from .algorithms.replay import Replay as Replay
 from .callbacks import Callback as Callback
 from .callbacks import StopBelow as StopBelow
@@ -76,7 +73,6 @@ from .quantization.schemes import Int8Dynamic as Int8Dynamic
 from .quantization.schemes import Int8WeightOnly as Int8WeightOnly
 from .quantization.schemes import Scheme as Scheme
 from .recipe import Recipe as Recipe
-from .records import Record as Record
 from .records import option as option
 from .samplers import Autoregress as Autoregress
 from .samplers import Renoise as Renoise

@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "checkpoints": "files identity manifest records versions distributed models settings",
     # floor 5
     "diagnostics": "files records screen types algorithms models quantization likelihoods samplers",
-    "evaluation": "files identity rng screen records types tasks distributed models decoding quantization "
+    "evaluation": "device files identity rng screen records types tasks distributed models decoding quantization "
     "samplers monitoring checkpoints",
     "step": "device rng records types tasks algorithms distributed models decoding settings likelihoods samplers "
     "monitoring",

@@ -68,7 +68,7 @@ recipe = Recipe(
 again: Recipe = recipe.replace(corrector=AIS(tau=0.1), likelihood=ELBO(num_samples=2), loss=GSPO())
 others = (Coupled(num_samples=2), CISPO(max_ratio=4), Squared())
 reward: float = train(again)["final_reward"]
-policy = load_policy("folder", lora=Lora(r=8))
+policy = load_policy("folder", dtype="bfloat16")
 copy: Policy = quantized_copy(policy, Int4WeightOnly(group_size=64))
 prompts = Prompts.from_ids([[3, 4]], pad_id=0)
 rollout: Rollout = sampler(copy, prompts, Generator())

@@ -30,7 +30,8 @@ class CommandLineModel(HarnessModel):
     The harness calls it with the names in --model_args, and adds batch_size, max_batch_size and device.
 
     Args:
-        pretrained: Folder of a checkpoint or of a run, or a model id on the Hugging Face Hub.
+        pretrained: What `load_policy` opens, such as the folder of a checkpoint or of a run, or a hub id.
+        make_model: MODULE:FUNCTION that makes the policy of a custom module. None (default): a stock class.
         dtype: dtype of the weights; "auto" (default): as stored.
         device: Device of the weights. None (default): the accelerator, if there is one, as for the harness's default of
             --device on a machine without such a GPU.
@@ -44,6 +45,7 @@ class CommandLineModel(HarnessModel):
         self,
         pretrained: str,
         *,
+        make_model: str | None = None,
         dtype: str = "auto",
         device: str | None = None,
         batch_size: int | str = 1,
@@ -54,7 +56,7 @@ class CommandLineModel(HarnessModel):
         if not str(batch_size).isdecimal() or not int(batch_size):
             raise ValueError(f"batch_size={batch_size!r} must be a whole number of at least 1")
         model_options = Namespace(
-            model=str(pretrained), make_model=None, dtype=dtype, device=device, verify_checkpoint="full"
+            model=str(pretrained), make_model=make_model, dtype=dtype, device=device, verify_checkpoint="full"
         )
         if device == HARNESS_DEVICE and not torch.cuda.is_available():
             model_options.device = None

@@ -155,12 +155,10 @@ def open_policy(
     `arguments.checkpoint` is set to the folder of the loaded checkpoint. Logits are computed in fp32 or
     as the custom policy says, or with `half_head` in 16 bits.
     """
-    import torch
-
     from dllm_rl.config import import_named
     from dllm_rl.device import find_device
     from dllm_rl.models.base import Policy
-    from dllm_rl.models.policy import load_policy, load_weights
+    from dllm_rl.models.policy import load_policy
     from dllm_rl.training.policies import call_model_function
 
     device = find_device(arguments.device) if device is None else device
@@ -169,18 +167,13 @@ def open_policy(
     arguments.checkpoint = folder
     # checkpoint_of has verified the newest checkpoint of a run.
     check: Check = arguments.verify_checkpoint if folder == model else "quick"
-    if arguments.make_model is None:
-        policy: Policy = load_policy(folder, dtype=arguments.dtype, device=device, verify_checkpoint=check)
-    else:
-        policy = call_model_function(import_named(arguments.make_model, "--make_model"), 0)
-        if not isinstance(policy, Policy):
-            kind = type(policy).__name__
-            name = arguments.make_model
+    into: Any = None
+    if arguments.make_model is not None:
+        into = call_model_function(import_named(arguments.make_model, "--make_model"), 0)
+        if not isinstance(into, Policy):
+            kind, name = type(into).__name__, arguments.make_model
             raise ValueError(f"--make_model {name!r} makes a {kind} and no policy; return make_policy(...)")
-        load_weights(policy, folder, verify_checkpoint=check)
-        if arguments.dtype != "auto":
-            policy.module.to(getattr(torch, arguments.dtype))
-        policy = policy.to(device)
+    policy: Policy = load_policy(folder, into=into, dtype=arguments.dtype, device=device, verify_checkpoint=check)
     if half_head:
         policy.float32_head = False
     return policy

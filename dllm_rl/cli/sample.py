@@ -39,7 +39,7 @@ def sample_command(arguments: argparse.Namespace) -> None:
     problems = [to_problem(text, chat=chat, blank=blank) for text in texts]
     policy = open_policy(arguments)  # also sets arguments.checkpoint
     live = Console().is_terminal and not arguments.json if arguments.live is None else arguments.live
-    record = complete(
+    record = sample_problems(
         policy,
         problems,
         sampler_with(policy, run_sampler, passed),
@@ -66,7 +66,7 @@ def lines_of_input() -> list[str]:
     return [lines[0].removeprefix("\ufeff"), *lines[1:]] if lines else []  # a byte order mark
 
 
-def complete(
+def sample_problems(
     policy: Policy,
     problems: Sequence[Problem],
     sampler: Sampler,

@@ -1,11 +1,16 @@
-"""Complete prompts with a policy: `complete`, and what it shares with `dllm-rl sample`."""
+"""Complete prompts: `complete`, and what it shares with `dllm-rl sample`."""
 
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from dllm_rl.decoding.tokens import decode, encode, full_texts
+from dllm_rl.device import find_device
 from dllm_rl.models.base import Policy
+from dllm_rl.models.policy import load_policy
+from dllm_rl.records import from_json
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers import Renoise, Sampler, Unmask
 from dllm_rl.samplers.sampler import check_rollout
@@ -17,34 +22,39 @@ Prompt = str | list[dict[str, str]]
 
 
 def complete(
-    policy: Policy,
+    model: Policy | str | Path,
     prompts: Prompt | Sequence[Prompt],
     *,
     sampler: Sampler | None = None,
     blank: str | None = None,
+    num_generations: int = 1,
     seed: int = 0,
     **settings: Any,
 ) -> str | list[str]:
     """Return the completion of a prompt, or the completions of several.
 
-    Call it to try a policy; call `evaluate` to measure one. The method of this name calls it.
+    Call it to try a model; call `evaluate` to measure one. `policy.complete(...)` is `complete(policy, ...)`, and
+    `dllm-rl sample MODEL PROMPT ...` prints the same texts.
 
         grpo(model, rows, reward).policy.complete("37=")
-        load_policy("GSAI-ML/LLaDA-8B-Instruct").complete([{"role": "user", "content": "Hi"}], max_new_tokens=64)
+        complete("runs/sums-seed0", "37=")
+        complete("GSAI-ML/LLaDA-8B-Instruct", [{"role": "user", "content": "Hi"}], max_new_tokens=64)
 
     Args:
-        policy: Diffusion or causal policy.
+        model: Diffusion or causal policy; or what `load_policy` opens, such as a run's folder, a checkpoint or a hub
+            id, in the dtype that it is stored in and on the accelerator, where there is one.
         prompts: A text, or a chat (messages with role and content); or a list of them, which is one batch.
         sampler: Sampler of the policy. None (default): that of the evaluations of the run that trained the policy; for
             another policy, 16 tokens at temperature 0, or one canvas of a model whose noise is random tokens.
         blank: For infilling: a text of which each occurrence in a prompt is one token to fill in. The texts are then
             the filled prompts. None (default): no infilling.
+        num_generations: Completions of each prompt. Default: 1.
         seed: Seed of the sampler. Default: 0.
         settings: Fields of the sampler, such as max_new_tokens, temperature or diffusion_steps; they replace those of
             `sampler`.
 
     Returns:
-        The text of a single prompt, or the list of the texts in the order of the prompts.
+        The text of a single prompt, or the list of the texts in the order of the prompts, `num_generations` of each.
 
     Raises:
         ValueError: There is no prompt, a prompt is neither a text nor a chat, or the policy's sampler has no such
@@ -57,13 +67,29 @@ def complete(
             isinstance(prompt, Sequence) and prompt and all(isinstance(turn, Mapping) for turn in prompt)
         ):
             raise ValueError(f"prompts has {prompt!r}, which is neither a text nor a chat; give texts, or messages")
-    given = sampler or getattr(policy, "eval_sampler", None)
+    policy = load_policy(model, dtype="auto", device=find_device()) if isinstance(model, str | Path) else model
+    given = sampler or sampler_of_run(getattr(policy, "eval_sampler", None))
     problems = [Problem(prompt, blank=blank) for prompt in each]
     if blank is not None and sampler is None:
         settings = {"max_new_tokens": 0} | settings
-    rollout, _ = complete_problems(policy, problems, sampler_with(policy, given, settings), seed=seed)
+    made = sampler_with(policy, given, settings)
+    rollout, _ = complete_problems(policy, problems, made, num_generations=num_generations, seed=seed)
     texts = completion_texts(policy, rollout, has_blanks=blank is not None)
-    return texts[0] if is_single else texts
+    return texts[0] if is_single and num_generations == 1 else texts
+
+
+def sampler_of_run(stored: Any, field: str = "eval_sampler") -> Sampler | None:
+    """Return a run's sampler, which may be stored as JSON; None, with a warning, if only the run's script can make it
+    or one of its rules.
+    """
+    if not isinstance(stored, dict):
+        return stored
+    try:
+        sampler: Sampler = from_json(Sampler, stored, field)
+    except ValueError:
+        warnings.warn(f"{field}={stored} is not of the library, so the default is used; pass yours", stacklevel=3)
+        return None
+    return sampler
 
 
 def complete_problems(

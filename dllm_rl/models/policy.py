@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dllm_rl.files import read_json
 from dllm_rl.manifest import Check, verify_if_present
 from dllm_rl.models.base import (
     FamilySpec,
@@ -58,7 +59,6 @@ from dllm_rl.models.forward.float32_head import HALF, projected_in_float32
 from dllm_rl.models.lora import (
     Lora,
     adapted_layers,
-    add_lora,
     call_without_adapters,
     eight_bit_product,
     has_adapted_or_low_bit,
@@ -82,7 +82,8 @@ class ModulePolicy:
     lora: Lora | None = None
     quantization: Any = None
     quantization_report: Any = None
-    eval_sampler: Any = None  # sampler of the evaluations of the run that trained the policy, for `complete`
+    # Sampler of the evaluations of the run that trained the policy, for `complete`; of a checkpoint, as JSON.
+    eval_sampler: Any = None
     library_spec: FamilySpec | None = None  # the spec that the library found for the module; None: the caller gave one
 
     def __init__(self, module: Module, spec: FamilySpec, tokenizer: Tokenizer) -> None:
@@ -205,9 +206,9 @@ class ModulePolicy:
         """Write weights (adapters merged), config and tokenizer in the layout of the checkpoint that was loaded.
 
         With `stock`, write the layout of the module's transformers class, which transformers opens without remote code.
-        `load_policy` opens both. For a custom module, only weights and tokenizer are written, and `load_weights` reads
-        the weights. `load_weights` also reads what a policy writes whose spec is not its family's, in the layout of the
-        module's class; `load_policy` refuses it. Raise ValueError for a quantized copy.
+        `load_policy` opens both. For a custom module, only weights and tokenizer are written, and
+        `load_policy(directory, into=policy)` reads the weights. So it does what a policy writes whose spec is not its
+        family's, in the layout of the module's class. Raise ValueError for a quantized copy.
         """
         if self.quantization is not None:
             raise ValueError(
@@ -218,11 +219,7 @@ class ModulePolicy:
         save_module(self.module, self.tokenizer, self.spec, directory, stock=stock, custom=custom)
 
     def complete(self, prompts: Any, **options: Any) -> Any:
-        """Return the completion of a text or a chat, or the list of those of several: `policy.complete("37=")`.
-
-        `dllm_rl.complete`, which this calls, describes the options: `sampler`, `blank`, `seed`, and the sampler's
-        fields, such as `max_new_tokens`.
-        """
+        """Return `dllm_rl.complete(self, prompts, **options)`: `policy.complete("37=", temperature=1)`."""
         import dllm_rl  # the public face: samplers stand above policies
 
         return dllm_rl.complete(self, prompts, **options)
@@ -302,26 +299,30 @@ def _wrapped(module: Module, tokenizer: Tokenizer, spec: FamilySpec) -> ModulePo
 def load_policy(
     path_or_id: str | Path,
     *,
-    dtype: torch.dtype | str = torch.float32,
-    device: torch.device | str = "cpu",
+    into: ModulePolicy | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
     block_size: int | None = None,
     quantization: str | None = None,
-    lora: Lora | None = None,
     verify_checkpoint: Check = "full",
 ) -> ModulePolicy:
-    """Open a checkpoint with stock transformers classes.
+    """Open a model: what a run, `save_pretrained`, peft or the hub has. `complete` and the commands call it.
 
-    Use it for a checkpoint's folder or id; use `make_policy` for a module that you built yourself. If the folder has
-    only adapters (written by a run or by peft), it opens their base model and merges the adapters into it.
+    Use `make_policy` for a module that you built yourself. If the folder has only adapters (written by a run or by
+    peft), it opens their base model and merges the adapters into it. The policy of a run completes as the run's
+    evaluations do (`complete`).
 
     Args:
-        path_or_id: Folder of a checkpoint, a run's folder for its newest checkpoint, or an id on the Hugging Face Hub.
-        dtype: Dtype of the weights: float32, bfloat16 or float16. "auto" keeps the checkpoint's dtype.
-        device: Device of the weights.
+        path_or_id: Folder of a model or of a checkpoint, a run's folder for its newest checkpoint, or an id on the
+            Hugging Face Hub.
+        into: Policy of a module of yours, or with a spec of yours, whose weights the checkpoint has. It gets the
+            weights, keeps its own block size, and is returned. None (default): a stock transformers class.
+        dtype: Dtype of the weights: float32, bfloat16 or float16. "auto" keeps the checkpoint's dtype. None (default):
+            float32, or that of `into`.
+        device: Device of the weights. None (default): cpu, or that of `into`.
         block_size: Block size of a block-causal model. None: the checkpoint's block size.
         quantization: "nf4" or "int8" quantizes the weights with bitsandbytes, and freezes all of them: only adapters
-            (`lora`) can then be trained. None: no quantization.
-        lora: Adapters to train instead of the weights. None: train the weights.
+            (`lora` of a recipe) can then be trained. None: no quantization.
         verify_checkpoint: "full" compares every byte with the manifest, "quick" compares sizes and each file's first
             MiB.
 
@@ -334,7 +335,17 @@ def load_policy(
             weights are not finite, the mask id is outside the vocabulary, or the attention differs from the family's.
     """
     folder = checkpoint_folder(path_or_id)
+    if into is not None:
+        if block_size is not None or quantization is not None:
+            raise ValueError("into is a policy that exists: leave out block_size and quantization")
+        load_weights(into, folder, verify_checkpoint=verify_checkpoint)
+        if dtype not in (None, "auto"):
+            into.module.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        policy = into if device is None else into.to(device)
+        policy.eval_sampler = _stored_eval_sampler(folder)
+        return policy
     verify_if_present(folder, verify_checkpoint)
+    dtype, device = torch.float32 if dtype is None else dtype, "cpu" if device is None else device
     options: dict[str, Any] = {"dtype": dtype, "block_size": block_size, "quantization": quantization, "device": device}
     if (adapter := adapter_folder(folder)) is not None:
         policy = _load_merged(adapter, folder, options, verify_checkpoint)
@@ -347,9 +358,18 @@ def load_policy(
         with name_in_errors(folder):
             policy = make_policy(module, tokenizer, spec)
             policy.library_spec = spec
-    if lora is not None:
-        add_lora(policy, lora)
+    policy.eval_sampler = _stored_eval_sampler(folder)
     return policy
+
+
+def _stored_eval_sampler(folder: Path) -> dict[str, Any] | None:
+    """Return, as JSON, the sampler of the evaluations of the run that wrote a checkpoint; None for another folder."""
+    if not (folder / "state.json").is_file():
+        return None
+    match read_json(folder / "state.json"):
+        case {"recipe": {"eval_sampler": dict(stored)}}:
+            return stored
+    return None
 
 
 def _load_merged(adapter: Path, folder: Path, options: dict[str, Any], verify_checkpoint: Check) -> ModulePolicy:
@@ -383,10 +403,7 @@ def _load_merged(adapter: Path, folder: Path, options: dict[str, Any], verify_ch
 
 @torch.no_grad()
 def load_weights(policy: Policy, directory: str | Path, *, verify_checkpoint: Check = "full") -> Policy:
-    """Load into a policy's module the weights that `save_pretrained` wrote.
-
-    Use it for a module whose class is not in transformers, and for a policy whose spec is not its family's;
-    `load_policy` opens all other checkpoints.
+    """Load into a policy's module the weights that `save_pretrained` wrote: `load_policy(directory, into=policy)`.
 
     Args:
         policy: Policy whose module receives the tensors. It must have no adapters.

@@ -134,7 +134,7 @@ def fine_tune(recipe: SFT) -> Summary:
     eval_after = evaluate()
     start = as_written(model=run.checkpoint, sft_warmup_steps=0)
     if has_custom_module(run):
-        start = f"load_weights(policy, {run.checkpoint!r}) in the function that is the model"
+        start = f"load_policy({run.checkpoint!r}, into=policy) in the function that is the model"
     return write_summary(
         run,
         {"eval_before": eval_before, "eval_after": eval_after, "eval_rows": len(held_out)},

@@ -121,7 +121,7 @@ def write_summary(run: Run[AnyRecipe], results: dict[str, Any], *, result: str, 
 
 
 def has_custom_module(run: Run[AnyRecipe]) -> bool:
-    """Return whether only `load_weights` opens the run's checkpoint, into the module that the user makes."""
+    """Return whether `load_policy` opens the run's checkpoint only `into` the policy that the user makes."""
     return not isinstance(run.recipe.model, str) and not has_known_family(Path(run.checkpoint))
 
 

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dllm_rl import FamilySpec, check_policy, make_policy, train
-from dllm_rl.models.policy import load_weights
+from dllm_rl import FamilySpec, check_policy, load_policy, make_policy, train
 from dllm_rl.models.tiny import char_tokenizer
 from recipes.sudoku_unique import recipe as base
 
@@ -64,5 +63,4 @@ def mine(seed=0):
 if __name__ == "__main__":
     check_policy(mine())
     summary = train(replace(base, name="mine", model=mine, num_steps=60))
-    policy = mine()
-    load_weights(policy, summary["checkpoint"])
+    policy = load_policy(summary["checkpoint"], into=mine())

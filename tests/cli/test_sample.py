@@ -135,7 +135,7 @@ def test_prompts_may_stand_on_both_sides_of_an_option(checkpoint, capsys):
 def test_command_draws_every_step(checkpoint, capsys):
     from dllm_rl.models.policy import load_policy
 
-    sample.complete(load_policy(checkpoint), [Problem("12.=")], Unmask(max_new_tokens=4), seconds_per_step=0.0)
+    sample.sample_problems(load_policy(checkpoint), [Problem("12.=")], Unmask(max_new_tokens=4), seconds_per_step=0.0)
     out = capsys.readouterr().out
     assert "step 4, 0 masked" in out and "░" not in out.splitlines()[0]
 
@@ -197,10 +197,10 @@ def test_chat_asks_with_the_models_template(capsys):
         return rollout_by_hand()
 
     own = FunctionSampler(function=sampler, max_new_tokens=3)
-    sample.complete(policy, [sample.to_problem("12=", chat=True, blank=None)], own)
+    sample.sample_problems(policy, [sample.to_problem("12=", chat=True, blank=None)], own)
     assert asked["ids"] == [policy.tokenizer.encode("<user>12=<.>", add_special_tokens=False)]
     with pytest.raises(ValueError, match="no chat template"):
-        sample.complete(tiny_masked_lm(**SIZES), [sample.to_problem("1", chat=True, blank=None)], own)
+        sample.sample_problems(tiny_masked_lm(**SIZES), [sample.to_problem("1", chat=True, blank=None)], own)
 
 
 @pytest.mark.repeated(first_only=True)
@@ -232,7 +232,7 @@ def test_a_live_display_shows_prompts_whose_turn_has_not_come(capsys):
     pytest.importorskip("transformers.models.diffusion_gemma", reason="this transformers has no DiffusionGemma")
     policy = tiny_diffusion_gemma(characters="123=", canvas_length=4, max_length=512)
     prompts = [Problem("1="), Problem("2" * 300 + "=")]
-    record = sample.complete(policy, prompts, Renoise(max_new_tokens=4), seconds_per_step=0.0)
+    record = sample.sample_problems(policy, prompts, Renoise(max_new_tokens=4), seconds_per_step=0.0)
     assert len(record["rows"]) == 2 and "masked" in capsys.readouterr().out
 
 

@@ -185,7 +185,7 @@ class TestAModuleOfOnesOwn:
 
     def test_load_policy_says_what_the_folder_is(self, tmp_path):
         own_policy().save_pretrained(tmp_path)
-        refuses(r"without a config.json, .* load_weights\(policy, folder\)", lambda: load_policy(tmp_path))
+        refuses(r"without a config.json, .* load_policy\(folder, into=policy\)", lambda: load_policy(tmp_path))
 
     @pytest.mark.parametrize(
         ("changes", "said"),

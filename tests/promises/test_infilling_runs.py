@@ -14,7 +14,7 @@ from tiny_recipe import SIZES, tiny_recipe
 
 from dllm_rl.algorithms.correctors import NoCorrection
 from dllm_rl.cli.main import main
-from dllm_rl.cli.sample import complete
+from dllm_rl.cli.sample import sample_problems
 from dllm_rl.decoding.tokens import encode
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.likelihoods.estimators import OneStep, Trajectory
@@ -161,7 +161,7 @@ def test_a_sampler_that_leaves_blanks_is_named(tmp_path, marked, written):
     own = own.replace(marked=marked, written=written)  # of the ten blanks of four problems
     refuses(UNFILLED.format(10 - min(marked, written), 10), lambda: evaluate(policy, Missing(), own, limit=4))
     with pytest.raises(ValueError, match=UNFILLED.format(10 - min(marked, written), 10)):
-        complete(policy, [Missing()[i] for i in range(4)], own)
+        sample_problems(policy, [Missing()[i] for i in range(4)], own)
     with pytest.raises(ValueError, match=UNFILLED.format(r"\d+", r"\d+")):
         train(replace(recipe_of(tmp_path / "run", num_steps=1, likelihood=OneStep()), sampler=own))
 
@@ -170,6 +170,6 @@ def test_a_sampler_of_ones_own_may_fill_blanks(tmp_path):
     policy = tiny_masked_lm(**SIZES | {"characters": DIGITS, "num_layers": 2})
     own = AfterThePrompt(max_new_tokens=1, marked=1000, written=1000)
     assert {answer.reward.parsed for answer in evaluate(policy, Missing(), own, limit=4).answers} == {False}
-    (row,) = complete(policy, [Missing()[1]], own)["rows"]
+    (row,) = sample_problems(policy, [Missing()[1]], own)["rows"]
     assert row["completion"].startswith("17745")
     train(replace(recipe_of(tmp_path / "run", num_steps=1, likelihood=OneStep()), sampler=own))

@@ -99,7 +99,7 @@ def test_sft_of_it_resumes_and_tells_how_rl_starts_from_its_weights(tmp_path, ca
     parts = fine_tune(replace(recipe, resume_from_checkpoint="latest"))
     assert same(weights_of(whole), weights_of(parts))
     said = "".join(capsys.readouterr().out.split())
-    assert f"RLfromit:load_weights(policy,'{''.join(parts['checkpoint'].split())}')inthefunction" in said
+    assert f"RLfromit:load_policy('{''.join(parts['checkpoint'].split())}',into=policy)inthefunction" in said
 
 
 def without_weights(seed=0, dry_run=False):

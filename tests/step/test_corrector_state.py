@@ -11,7 +11,8 @@ from readme import example
 from run_outputs import metrics_of
 from tiny_recipe import ONE_PUZZLE, tiny_recipe
 
-from dllm_rl import TIS, Compose, Corrector, FunctionCorrector, OneStep, RandomOrder, check_corrector, train
+from dllm_rl import TIS, Compose, Corrector, OneStep, RandomOrder, check_corrector, train
+from dllm_rl.algorithms.correctors import FunctionCorrector
 from dllm_rl.checkpoints.checkpoint import list_checkpoints
 from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.step.collect import collect

@@ -32,7 +32,7 @@ FAMILY_FIELD = "diffusion_family"
 CUSTOM_SPEC_FIELD = "custom_spec"
 CUSTOM_HINT = (  # how to open a folder whose policy only its author's code can make
     "name the function that makes its policy, --make_model MODULE:FUNCTION of dllm-rl, or use "
-    "load_weights(policy, folder)"
+    "load_policy(folder, into=policy)"
 )
 # Fields that a checkpoint's config and the stock config have in common.
 _SAME = (

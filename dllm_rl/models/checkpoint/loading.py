@@ -212,8 +212,8 @@ def read_config(folder: Path, block_size: int | None = None) -> dict[str, Any]:
 def has_known_family(folder: Path) -> bool:
     """Return whether `load_policy` opens a folder with full weights.
 
-    It does not open the folder of a custom module or spec, from which `load_weights` reads: of a class that is not in
-    transformers, of a module without a config, or of a policy whose spec is not the family's.
+    The folder of a custom module or spec needs `into`: of a class that is not in transformers, of a module without a
+    config, or of a policy whose spec is not the family's.
     """
     if not (folder / "config.json").exists():
         return False

@@ -7,7 +7,8 @@ import torch
 from refusals import refused
 from tiny_recipe import tiny_recipe
 
-from dllm_rl import Problem, Unmask, complete
+from dllm_rl import Problem, Unmask, complete, load_policy
+from dllm_rl.cli.main import main
 from dllm_rl.decoding.tokens import decode, encode, full_texts
 from dllm_rl.models.tiny import tiny_diffusion_gemma, tiny_llama, tiny_masked_lm
 from dllm_rl.rng import generator_for
@@ -51,13 +52,41 @@ def test_blanks_are_filled_in():
     assert policy.complete("1_3=_", blank="_") == full_texts(policy, rollout)[0]
 
 
-def test_a_runs_policy_completes_as_its_evaluations_do(tmp_path):
+def test_a_runs_policy_completes_as_its_evaluations_do_however_it_is_opened(tmp_path, capsys):
     puzzles = {f"{name}_task": Sudoku(split="test", size=1) for name in ("validation", "eval")}
+    puzzles["eval_sampler"] = Unmask(max_new_tokens=7, diffusion_steps=3, temperature=1.0, suppress=(0, 2))
     recipe = tiny_recipe(tmp_path, num_steps=1, train_batch_size=1, **puzzles)
     policy = train(recipe).policy
     text = recipe.eval_task[0].prompt
     assert policy.eval_sampler == recipe.eval_sampler
-    assert policy.complete(text) == policy.complete(text, sampler=recipe.eval_sampler)
+    asked = policy.complete(text, sampler=recipe.eval_sampler)
+    assert policy.complete(text) == asked != policy.complete(text, sampler=Unmask(max_new_tokens=16, temperature=0.0))
+    (checkpoint,) = (tmp_path / "checkpoints").glob("step-000001")
+    capsys.readouterr()
+    for model in (tmp_path, str(checkpoint)):
+        assert complete(model, text) == load_policy(model).complete(text) == asked
+        assert load_policy(model, into=recipe.model(seed=5)).complete(text) == asked
+        assert main(["sample", str(model), text]) == 0 and capsys.readouterr().out == asked + "\n"
+    several = complete(tmp_path, [text, text], temperature=1, num_generations=2, seed=4)
+    assert len(several) == 4 and complete(tmp_path, text, temperature=1, num_generations=2, seed=4) == several[:2]
+
+
+def test_a_sampler_that_only_a_script_can_make_is_named_and_the_default_taken():
+    policy = tiny_masked_lm(**DIGITS)
+    plain = policy.complete("1=")
+    policy.eval_sampler = {"class_path": "Mine", "init_args": {}}
+    with pytest.warns(UserWarning, match=r"eval_sampler=.*Mine.* is not of the library, so the default is used"):
+        assert policy.complete("1=") == plain
+
+
+def test_what_a_given_policy_has_already_is_refused(tmp_path):
+    policy = tiny_masked_lm(**DIGITS)
+    policy.save_pretrained(tmp_path)
+    other = tiny_masked_lm(**DIGITS, seed=3)
+    assert load_policy(tmp_path, into=other, dtype="bfloat16") is other
+    assert {weight.dtype for weight in other.module.parameters()} == {torch.bfloat16}
+    with pytest.raises(ValueError, match="into is a policy that exists: leave out block_size and quantization"):
+        load_policy(tmp_path, into=other, block_size=4)
 
 
 test_what_is_no_prompt_or_no_setting_is_refused = refused(

@@ -8,7 +8,7 @@ import torch
 from openai import APIStatusError, OpenAI
 from servers import causal, diffusion, running
 
-from dllm_rl.cli.sample import complete
+from dllm_rl.cli.sample import sample_problems
 from dllm_rl.diagnostics.trace_check import check_trace
 from dllm_rl.diagnostics.traces import read_trace
 from dllm_rl.integrations.serving.batching import Refused
@@ -55,7 +55,7 @@ def client(server):
 @pytest.mark.parametrize("settings", [{"temperature": 0.7}, {"temperature": 0.7, "diffusion_steps": 3}, {}])
 def test_a_completion_is_that_of_sample_bit_for_bit(policy, server, settings):
     """The texts, and the log-probs as the numbers that JSON writes exactly."""
-    record = complete(policy, [Problem("1+2=")], Unmask(**USUAL | settings), seed=5)
+    record = sample_problems(policy, [Problem("1+2=")], Unmask(**USUAL | settings), seed=5)
     answer = server.complete("1+2=", seed=5, logprobs=0, **settings)
     (choice,) = answer["choices"]
     (row,) = record["rows"]
@@ -68,7 +68,7 @@ def test_a_completion_is_that_of_sample_bit_for_bit(policy, server, settings):
 
 def test_n_and_prompts_take_the_seeds_of_sample(policy, server):
     sampler = Unmask(**USUAL | {"temperature": 1.0})
-    record = complete(policy, [Problem("1+2="), Problem("3+4=")], sampler, num_generations=3, seed=7)
+    record = sample_problems(policy, [Problem("1+2="), Problem("3+4=")], sampler, num_generations=3, seed=7)
     answer = server.complete(["1+2=", "3+4="], n=3, seed=7, temperature=1.0)
     assert [c["text"] for c in answer["choices"]] == [row["completion"] for row in record["rows"]]
     assert [c["index"] for c in answer["choices"]] == [*range(6)]
@@ -396,7 +396,9 @@ def test_a_request_turns_the_servers_cache_off(policy, cache, suffix):
 @pytest.mark.parametrize("fields", [{"temperature": 1.0}, {"temperature": 1.0, "diffusion_steps": 2}, {}])
 def test_the_text_before_a_suffix_is_filled_in_as_sample_fills_blanks(policy, fields):
     defaults = USUAL | {"cache": DualCache(), "approximate_early_exit": True}  # neither is for infilling
-    record = complete(policy, [Problem("1+???=3", blank="?")], Unmask(**USUAL | fields | {"max_new_tokens": 0}), seed=5)
+    record = sample_problems(
+        policy, [Problem("1+???=3", blank="?")], Unmask(**USUAL | fields | {"max_new_tokens": 0}), seed=5
+    )
     tokens = record["rows"][0]["tokens"]
     with running(policy, defaults) as server:
         answer = server.complete("1+", suffix="=3", max_tokens=3, seed=5, logprobs=0, trace=True, **fields)

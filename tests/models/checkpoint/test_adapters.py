@@ -179,7 +179,8 @@ def test_adapters_left_out_twice_come_back_after_both():
 @pytest.mark.parametrize("family", ["llama", "dream"])
 def test_peft_opens_what_we_save_and_we_what_it_saves(tmp_path, family):
     peft = pytest.importorskip("peft")
-    policy = load_policy(checkpoint(tmp_path / "base", family), lora=Lora(r=4, alpha=8.0))
+    policy = load_policy(checkpoint(tmp_path / "base", family))
+    add_lora(policy, Lora(r=4, alpha=8.0))
     stir(policy)
     save_adapter(policy, tmp_path / "ours")
     bare = load_policy(tmp_path / "base")
@@ -256,7 +257,8 @@ def test_peft_loads_a_run_s_adapters_into_the_base_of_transformers(tmp_path):
 
 
 def test_adapters_of_llada_bear_the_authors_names(tmp_path):
-    policy = load_policy(published(tmp_path / "base", "llada"), lora=Lora(r=4, targets=("q_proj", "down_proj")))
+    policy = load_policy(published(tmp_path / "base", "llada"))
+    add_lora(policy, Lora(r=4, targets=("q_proj", "down_proj")))
     save_adapter(policy, tmp_path / "adapter")
     names = load_file(tmp_path / "adapter/adapter_model.safetensors").keys()
     assert "base_model.model.model.transformer.blocks.0.q_proj.lora_A.weight" in names
@@ -358,7 +360,8 @@ def test_rollouts_of_a_base_in_four_bits_are_quantized_as_those_of_its_weights(t
 def test_a_base_in_few_bits_trains(tmp_path, family, quantization):
     """Three AdamW steps on the adapters lower a loss; the base does not move; what is saved is the merged model."""
     pytest.importorskip("bitsandbytes")
-    policy = load_policy(checkpoint(tmp_path / "base", family), quantization=quantization, lora=Lora(r=4))
+    policy = load_policy(checkpoint(tmp_path / "base", family), quantization=quantization)
+    add_lora(policy, Lora(r=4))
     bits = {
         n
         for n, layer in policy.module.named_modules()
@@ -391,7 +394,8 @@ def test_eight_bit_weights_are_read_back_to_half_a_step(tmp_path):
     pytest.importorskip("bitsandbytes")
     folder = checkpoint(tmp_path, "qwen3")
     exact = load_policy(folder).module.state_dict()
-    policy = load_policy(folder, quantization="int8", lora=Lora(r=4))
+    policy = load_policy(folder, quantization="int8")
+    add_lora(policy, Lora(r=4))
     for _ in range(2):
         compared = 0
         for name, found in merged_tensors(policy.module):
@@ -439,7 +443,8 @@ def test_a_base_in_eight_bits_computes_with_its_weights_alone(tmp_path, family):
 def test_a_merged_base_in_eight_bits_has_the_dtype_of_its_module(tmp_path, dtype):
     pytest.importorskip("bitsandbytes")
     folder = checkpoint(tmp_path / "base", "qwen3")
-    policy = load_policy(folder, dtype=dtype, quantization="int8", lora=Lora(r=2))
+    policy = load_policy(folder, dtype=dtype, quantization="int8")
+    add_lora(policy, Lora(r=2))
     stir(policy)
     policy.save_pretrained(tmp_path / "merged")
     save_adapter(policy, tmp_path / "adapters", base=str(folder))

@@ -16,7 +16,7 @@ from dllm_rl.models.policy import load_policy, load_weights, make_policy
 from dllm_rl.models.tiny import tiny_llama, tiny_moe
 
 TOKENS = torch.tensor([[5, 9, 12, 7, 11]])
-REFUSED = r"custom_spec='.*' in config.json.*--make_model MODULE:FUNCTION.*load_weights\(policy, folder\)"
+REFUSED = r"custom_spec='.*' in config.json.*--make_model MODULE:FUNCTION.*load_policy\(folder, into=policy\)"
 CHANGES = {
     "attention": {"attention": "causal"},
     "shift": {"shift": True},

@@ -93,7 +93,9 @@ ALIKE = ("llada_tied", "sdar_moe", "a2d_qwen3", "roberta", "smollm2")  # each as
     "family", few([f for f in (*ORIGINAL, *STOCK) if f not in ALIKE], ["llada2", "nemotron", "bert", "modernbert"])
 )
 def test_every_family_has_the_same_gradients_from_less_memory(tmp_path, family, lora):
-    policy = load_policy(checkpoint(tmp_path, family), lora=lora)
+    policy = load_policy(checkpoint(tmp_path, family))
+    if lora is not None:
+        add_lora(policy, lora)
     for layer in adapted_layers(policy.module).values():
         layer.lora_B.weight.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
     (plain, many), (again, kept) = (gradients(policy, recompute=on) for on in (False, True))
@@ -127,7 +129,8 @@ def replaced_module(policy, module):
 
 @pytest.mark.parametrize("base", ["nf4", "int8"])
 def test_a_quantized_base(tmp_path, base):
-    policy = load_policy(checkpoint(tmp_path, "llama"), quantization=base, lora=Lora(r=4, dropout=0.2))
+    policy = load_policy(checkpoint(tmp_path, "llama"), quantization=base)
+    add_lora(policy, Lora(r=4, dropout=0.2))
     for layer in adapted_layers(policy.module).values():
         layer.lora_B.weight.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
     (plain, many), (again, kept) = (gradients(policy, recompute=on) for on in (False, True))

@@ -17,6 +17,7 @@ from dllm_rl import load_policy, quantized_copy, train
 from dllm_rl.diagnostics.batch_invariance import batch_invariant
 from dllm_rl.models.forward import float32_head as head
 from dllm_rl.models.forward.float32_head import float32_linear
+from dllm_rl.models.lora import add_lora
 from dllm_rl.models.lora_settings import Lora
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization.schemes import Int8WeightOnly
@@ -174,7 +175,8 @@ def test_an_output_layer_with_a_product_of_its_own_is_refused():
 def test_whatever_is_made_from_a_policy_has_its_head(tmp_path):
     folder = checkpoint(tmp_path, "llada")
     assert load_policy(folder).float32_head
-    policy = load_policy(folder, dtype="bfloat16", lora=Lora(r=2))
+    policy = load_policy(folder, dtype="bfloat16")
+    add_lora(policy, Lora(r=2))
     policy.float32_head = False
     for other in (policy.reference(), quantized_copy(policy, Int8WeightOnly()), copy.copy(policy)):
         assert other.float32_head is False
