@@ -32,7 +32,7 @@ fi
 queue=$!
 trap 'kill "$queue"' HUP INT TERM
 while sleep 20; do keep; done >/dev/null 2>&1 &
-trap "kill $!; keep" EXIT
+trap "kill $! || :; keep" EXIT
 status=0
 wait "$queue" || status=$?
 [ "$status" -le 128 ] || wait "$queue" || status=$?  # a signal ended the first wait, not the queue
