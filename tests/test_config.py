@@ -121,9 +121,9 @@ def test_scalars_at_every_depth(recipe):
             Int4WeightOnly(group_size=16),
         ),
         (
-            "--rollout_quantization FakeQuantize --rollout_quantization.weight int3",
+            "--rollout_quantization FakeQuantize --rollout_quantization.weight int4",
             "rollout_quantization",
-            FakeQuantize(weight="int3"),
+            FakeQuantize(weight="int4"),
         ),
         ("--corrector TIS --corrector.pool geometric", "corrector", correctors.TIS(pool="geometric")),
         ("--corrector QaRL --corrector.max_weight 3", "corrector", correctors.QaRL(max_weight=3)),

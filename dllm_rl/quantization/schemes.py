@@ -1,6 +1,6 @@
 """Quantization schemes by name: torchao's configs, and emulated formats (`FakeQuantize`).
 
-docs/papers.md explains the tags [paper] and [ours].
+docs/papers.md explains the tag [ours].
 """
 
 import copy
@@ -23,8 +23,8 @@ FLOAT_FORMATS = {
     "mxfp4": (1, 0, 6.0),
 }
 BLOCKS = {"nvfp4": 16, "mxfp4": 32}  # numbers of neighboring inputs that share a scale
-LEVELS = {"int4": 7, "int3": 3, "five_level": 2}  # codes are the integers -n..n
-Format = Literal["e4m3", "e5m2", "int8", "int4", "int3", "five_level", "ternary", "nvfp4", "mxfp4"]
+INT4_LARGEST = 7  # codes are the integers -7..7
+Format = Literal["e4m3", "e5m2", "int8", "int4", "nvfp4", "mxfp4"]
 TINY = 1e-12  # lower limit of a row's max |x|, so that a row of zeros gives zeros and not 0/0
 E4M3_ADVICE = "FakeQuantize with weight=e4m3 and activation=e4m3"  # in error messages
 
@@ -52,7 +52,7 @@ class FunctionScheme(FunctionRecord, Scheme):
 
 
 class FakeQuantize(Scheme):
-    """Emulate any pair of formats: e4m3, e5m2, int8, int4, int3, five_level, ternary, nvfp4, mxfp4, or None.
+    """Emulate any pair of formats: e4m3, e5m2, int8, int4, nvfp4, mxfp4, or None. `Rounding` takes others.
 
     Use it for formats that the device does not support. With an `activation` format it is slower than bf16. With e4m3
     for both, it computes the same as dynamic FP8, on any device.
@@ -338,8 +338,7 @@ def codes_and_scale(
     With a = max |x| over a row or over all of x, by `scheme`:
     e4m3, e5m2   s = a / largest value, q = x/s rounded to the format (torchao's float8, bit for bit)
     int8         s = a / 127.5, q = round(x/s) in -128..127 (torchao's int8, bit for bit)
-    int4, int3, five_level   s = a/7, a/3, a/2; q = round(x/s) in -7..7, -3..3, -2..2 [ours]
-    ternary      s = mean |x|, q = round(x/s) in -1..1 (BitNet b1.58's rule [paper])
+    int4         s = a / 7, q = round(x/s) in -7..7 [ours]
     With a = max |x| over a block of `BLOCKS` neighbors, and s of the shape of x (torchao's, bit for bit):
     nvfp4        t = max |x| over a row or over all of x, / (6 * 448); s = t * (a / 6 / t rounded to e4m3); q = x/s
                  rounded to e2m1
@@ -349,7 +348,7 @@ def codes_and_scale(
         return _block_codes_and_scale(x.float(), scheme, granularity)
     abs_x = x.abs()
     dims = -1 if granularity == "row" else tuple(range(x.dim()))
-    magnitude = abs_x.mean(dims, keepdim=True) if scheme == "ternary" else abs_x.amax(dims, keepdim=True)
+    magnitude = abs_x.amax(dims, keepdim=True)
     if scheme in FLOAT_FORMATS:
         mantissa, exponent, largest = FLOAT_FORMATS[scheme]
         scale = (magnitude.clamp(min=TINY) / largest).float()
@@ -358,9 +357,8 @@ def codes_and_scale(
     if scheme == "int8":
         scale = (magnitude / 127.5).clamp(min=torch.finfo(torch.float32).eps).float()
         return (x * (1.0 / scale)).round_().clamp_(-128, 127), scale  # as in torchao: x / scale would round differently
-    max_code = 1 if scheme == "ternary" else LEVELS[scheme]
-    scale = (magnitude.float() if scheme == "ternary" else magnitude.float() / max_code).clamp(min=TINY)
-    return (x.float() / scale).round_().clamp_(-max_code, max_code), scale
+    scale = (magnitude.float() / INT4_LARGEST).clamp(min=TINY)
+    return (x.float() / scale).round_().clamp_(-INT4_LARGEST, INT4_LARGEST), scale
 
 
 def _block_codes_and_scale(

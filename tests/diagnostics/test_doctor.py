@@ -19,11 +19,11 @@ from dllm_rl.samplers.rules import Confidence
 
 
 def weights(policy):
-    return {"config": FakeQuantize(weight="int3")}
+    return {"config": FakeQuantize(weight="int4")}
 
 
 def activations(policy):
-    return {"config": FakeQuantize(weight=None, activation="five_level")}
+    return {"config": FakeQuantize(weight=None, activation="int4")}
 
 
 def stale(policy):
@@ -140,7 +140,7 @@ def test_the_steps_add_up_to_the_whole():
 def test_a_quantized_rollout_in_bf16_is_precision_and_quantization_and_nothing_else():
     policy, half = make(), make()
     half.module.bfloat16()
-    rollout_policy = quantized_copy(half, FakeQuantize(weight="int3"))
+    rollout_policy = quantized_copy(half, FakeQuantize(weight="int4"))
     report = diagnose(policy, prompts=prompts(), sampler=sampler, rollout_policy=rollout_policy)
     by_name = {cause.name: cause.mean_abs for cause in report.causes}
     assert by_name["quantized weights"] > by_name["precision"] > 0 == by_name["stale weights"]

@@ -59,7 +59,7 @@ def test_small_updates_arrive_in_fp32_weights_alone(tmp_path):
     [
         Float8WeightOnly(),
         Float8WeightOnly(dequantized=True),
-        FakeQuantize(weight="int3"),
+        FakeQuantize(weight="int4"),
         pytest.param(Float8DynamicEmulated(), marks=pytest.mark.float8_rows),
     ],
     ids=describe,

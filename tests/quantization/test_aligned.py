@@ -18,7 +18,7 @@ from dllm_rl.records import describe
 SCHEMES = [*CPU_SCHEMES.values()]
 # One of each kind of layer, and of each kind of rounding.
 KINDS = ["Float8WeightOnly", "Float8DynamicEmulated", "Int8Dynamic", "Int4WeightOnly", "int3_emulated"]
-KINDS = [CPU_SCHEMES[name] for name in (*KINDS, "ternary_emulated", "e5m2_emulated", "nvfp4_emulated")]
+KINDS = [CPU_SCHEMES[name] for name in (*KINDS, "e5m2_emulated", "nvfp4_emulated")]
 DTYPES = [torch.float32, torch.bfloat16]
 small = {
     "characters": "abcdefgh",
@@ -114,19 +114,19 @@ def test_a_layers_product_is_that_of_its_dequantized_operands(scheme):
 
 
 def test_gradient_of_one_layer_by_hand():
-    """w = [[1, -0.4]] in 3 levels of scale 0.7 is [[0.7, -0.7]]: dx = dy * that, dw = dy * x, and not dy * w."""
+    """w = [[14, -2.4]] in int4, of scale 2, is [[14, -2]]: dx = dy * that, dw = dy * x, and not dy * w."""
     policy = make()
-    rollout = quantized_copy(policy, quantize.FakeQuantize(weight="ternary"))
+    rollout = quantized_copy(policy, quantize.FakeQuantize(weight="int4"))
     name, _ = next(iter(quantized_layers(rollout)))
     source = policy.module.get_submodule(name)
     with torch.no_grad():
         source.weight.zero_()
-        source.weight[0, :2] = torch.tensor([1.0, -0.4]) * 16  # mean over 32 columns: (16 + 6.4)/32 = 0.7
+        source.weight[0, :2] = torch.tensor([14.0, -2.4])
     sync_weights(policy, rollout)
     x = torch.zeros(1, 32, requires_grad=True)
     with aligned_forward(policy, rollout):
         source(x + 3.0)[0, 0].backward()
-    assert torch.allclose(x.grad[0, :3], torch.tensor([0.7, -0.7, 0.0]))
+    assert torch.allclose(x.grad[0, :3], torch.tensor([14.0, -2.0, 0.0]))
     torch.testing.assert_close(source.weight.grad[0], torch.full((32,), 3.0))
     torch.testing.assert_close(source.bias.grad[:2], torch.tensor([1.0, 0.0]))
 

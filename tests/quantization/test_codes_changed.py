@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from emulated import CPU_SCHEMES, five_level_emulated
+from emulated import CPU_SCHEMES, int4_emulated
 from run_outputs import metrics_of
 from tiny_recipe import tiny_recipe
 from torch import nn, tensor
@@ -33,15 +33,15 @@ def changes(layer, weight):
 
 @pytest.mark.parametrize("activation", [None, "int8", "e4m3"])
 def test_codes_and_scales_by_hand(activation):
-    # int3: scale = max |w| / 3 = 1 in both rows, codes the nearest integers.
-    weight = tensor([[3.0, 1.0, -2.0, 0.0], [-3.0, 0.4, 0.0, 2.0]])
-    layer = EmulatedLinear(weight, None, FakeQuantize(weight="int3", activation=activation))
+    # int4: scale = max |w| / 7 = 1 in both rows, codes the nearest integers.
+    weight = tensor([[7.0, 1.0, -2.0, 0.0], [-7.0, 0.4, 0.0, 2.0]])
+    layer = EmulatedLinear(weight, None, FakeQuantize(weight="int4", activation=activation))
     assert changes(layer, weight) == {"codes_changed": (0, 8), "scale_change": (0, 2)}
     weight[0, 1], weight[1, 1] = 1.4, 0.6  # 1 stays 1, 0 becomes 1
     assert changes(layer, weight) == {"codes_changed": (1, 8), "scale_change": (0, 2)}
-    weight[0, 0] = 6.0  # the row's scale doubles: 3 0.7 -1 0
+    weight[0, 0] = 14.0  # the row's scale doubles: 7 0.7 -1 0
     assert changes(layer, weight) == {"codes_changed": (1, 8), "scale_change": (1, 2)}
-    assert layer.codes().tolist() == [[3, 1, -1, 0], [-3, 1, 0, 2]]
+    assert layer.codes().tolist() == [[7, 1, -1, 0], [-7, 1, 0, 2]]
 
 
 def test_a_zero_that_changes_its_sign_is_no_change():
@@ -67,8 +67,7 @@ def test_two_codes_in_a_byte():
 
 
 SCHEMES = ["Float8WeightOnly", "Float8DynamicEmulated", "Int8WeightOnly", "Int8Dynamic", "Int4WeightOnly"]
-SCHEMES += ["e4m3_emulated", "e5m2_emulated", "int8_emulated", "int4_emulated", "five_level_emulated"]
-SCHEMES += ["ternary_emulated", "NVFP4", "MXFP4", "nvfp4_emulated"]
+SCHEMES += ["e4m3_emulated", "e5m2_emulated", "int8_emulated", "int4_emulated", "NVFP4", "MXFP4", "nvfp4_emulated"]
 
 
 @pytest.mark.repeated(every=4)
@@ -112,7 +111,7 @@ def held(policy, rollout_policy):
 
 def test_the_loop_logs_whether_updates_reach_the_rollout(tmp_path):
     coarse = {
-        "rollout_quantization": five_level_emulated,
+        "rollout_quantization": int4_emulated,
         "num_steps": 2,
         "train_batch_size": 2,
         "validation_task": Sudoku(split="validation", size=1),

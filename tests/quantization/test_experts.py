@@ -205,7 +205,7 @@ def test_the_aligned_gradient_is_the_straight_through_definition(policy, scheme)
 
 
 def test_a_step_inside_an_aligned_forward_is_quantized_again(policy):
-    rollout_policy = quantized_copy(policy, FakeQuantize(weight="int3", activation="e4m3"))
+    rollout_policy = quantized_copy(policy, FakeQuantize(weight="int4", activation="e4m3"))
     tokens, mask = batch(policy)
     with aligned_forward(policy, rollout_policy):
         policy.logits(tokens, mask)
@@ -215,7 +215,7 @@ def test_a_step_inside_an_aligned_forward_is_quantized_again(policy):
                     parameter.mul_(-1.5)
         again = policy.logits(tokens, mask)
     assert torch.equal(
-        again, quantized_copy(policy, FakeQuantize(weight="int3", activation="e4m3")).logits(tokens, mask)
+        again, quantized_copy(policy, FakeQuantize(weight="int4", activation="e4m3")).logits(tokens, mask)
     )
     sync_weights(policy, rollout_policy)
 

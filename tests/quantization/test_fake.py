@@ -54,9 +54,6 @@ def test_round_to_float_is_the_cast_for_every_code_midpoint_and_neighbor(scheme)
     ("scheme", "codes", "scale"),
     [
         ("int4", [7, -3, 1, 0], 0.7 / 7),  # -0.26/0.1 = -2.6, 0.1/0.1 = 1, 0.04/0.1 = 0.4
-        ("int3", [3, -1, 0, 0], 0.7 / 3),  # -0.26/0.2333 = -1.114, 0.1/0.2333 = 0.43
-        ("five_level", [2, -1, 0, 0], 0.7 / 2),  # -0.743, 0.286
-        ("ternary", [1, -1, 0, 0], 1.1 / 4),  # mean |w| = 0.275: 2.5 -> 1, -0.945 -> -1, 0.364 -> 0
         ("int8", [127, -47, 18, 7], 0.7 / 127.5),  # 127.5 -> 128 -> 127; -47.36; 18.2; 7.3
         ("e5m2", [57344, -20480, 8192, 3072], 0.7 / 57344),  # -21299: step 4096; 8192; 3276.8: step 512 in [2048, 4096)
         ("e4m3", [448, -160, 64, 26], 0.7 / 448),  # -166.4: step 16 in [128, 256); 25.6: step 2 in [16, 32)
@@ -76,8 +73,7 @@ def test_codes_worked_by_hand(scheme, codes, scale):
         ("e5m2", [57344.0, 1.4 * 2**-16, 2.6 * 2**-16], [57344.0, 2**-16, 3 * 2**-16]),
         ("e5m2", [57344.0, -1.4, 1.1], [57344.0, -1.5, 1.0]),  # steps of 1/4 in [1, 2)
         ("int8", [-127.5, 63.4, 127.5], [-128.0, 63.0, 127.0]),
-        ("ternary", [-5.0, 0.0, 1.0], [-1.0, 0.0, 0.0]),  # mean |w| is 2: -2.5 -> -1, 0.5 -> 0 (ties to even)
-        ("int3", [-3.0, 2.6, -0.4], [-3.0, 3.0, 0.0]),
+        ("int4", [-7.0, 6.6, 2.5], [-7.0, 7.0, 2.0]),  # ties to even
     ],
 )
 def test_codes_at_the_edges(scheme, row, codes):
@@ -86,17 +82,16 @@ def test_codes_at_the_edges(scheme, row, codes):
 
 
 def test_products_by_hand():
-    """w = [[4, 1.1]] in int3 (scale 4/3) is [3, 1], x = [[2, 0.7]] is [3, 1] of scale 2/3; bias 0.5."""
-    weight, bias, x = torch.tensor([[4.0, 1.1], [8.0, 2.2]]), torch.tensor([0.5, -0.5]), torch.tensor([[2.0, 0.7]])
-    both = EmulatedLinear(weight, bias, FakeQuantize(weight="int3", activation="int3"))
-    expected = torch.tensor([[10 * 8 / 9 + 0.5, 10 * 16 / 9 - 0.5]])
-    torch.testing.assert_close(both(x), expected)
-    torch.testing.assert_close(both.dequantized(), torch.tensor([[4.0, 4 / 3], [8.0, 8 / 3]]))
-    # Weights only: 2 * 4 + 0.7 * 4/3. Inputs only: 2 * 4 + (2/3) * 1.1.
-    weights = EmulatedLinear(weight, bias, FakeQuantize(weight="int3"))
-    torch.testing.assert_close(weights(x)[0, 0], torch.tensor(8 + 0.7 * 4 / 3 + 0.5))
-    inputs = EmulatedLinear(weight, bias, FakeQuantize(weight=None, activation="int3"))
-    torch.testing.assert_close(inputs(x)[0, 0], torch.tensor(8 + 2 / 3 * 1.1 + 0.5))
+    """w = [[7, 1.1]] in int4 (scale 1) is [7, 1], x = [[3.5, 0.6]] is [7, 1] of scale 0.5; bias 0.5."""
+    weight, bias, x = torch.tensor([[7.0, 1.1], [14.0, 2.2]]), torch.tensor([0.5, -0.5]), torch.tensor([[3.5, 0.6]])
+    both = EmulatedLinear(weight, bias, FakeQuantize(weight="int4", activation="int4"))
+    torch.testing.assert_close(both(x), torch.tensor([[50 * 0.5 + 0.5, 50 * 2 * 0.5 - 0.5]]))
+    torch.testing.assert_close(both.dequantized(), torch.tensor([[7.0, 1.0], [14.0, 2.0]]))
+    # Weights only: 3.5 * 7 + 0.6 * 1. Inputs only: 3.5 * 7 + 0.5 * 1.1.
+    weights = EmulatedLinear(weight, bias, FakeQuantize(weight="int4"))
+    torch.testing.assert_close(weights(x)[0, 0], torch.tensor(24.5 + 0.6 + 0.5))
+    inputs = EmulatedLinear(weight, bias, FakeQuantize(weight=None, activation="int4"))
+    torch.testing.assert_close(inputs(x)[0, 0], torch.tensor(24.5 + 0.55 + 0.5))
 
 
 def test_fake_quantize_rounds_weights_to_int8_rows_by_default():
@@ -104,9 +99,9 @@ def test_fake_quantize_rounds_weights_to_int8_rows_by_default():
 
 
 def test_one_scale_per_row_or_per_tensor():
-    x = torch.tensor([[1.0, 0.5], [4.0, 3.0]])
-    assert torch.equal(rounded(x, "five_level", "row"), torch.tensor([[1.0, 0.5], [4.0, 4.0]]))  # 3/2 = 1.5 -> 2
-    assert torch.equal(rounded(x, "five_level", "tensor"), torch.tensor([[0.0, 0.0], [4.0, 4.0]]))  # ties to even
+    x = torch.tensor([[7.0, 3.4], [28.0, 3.0]])
+    assert torch.equal(rounded(x, "int4", "row"), torch.tensor([[7.0, 3.0], [28.0, 4.0]]))  # scales 1 and 4
+    assert torch.equal(rounded(x, "int4", "tensor"), torch.tensor([[8.0, 4.0], [28.0, 4.0]]))
 
 
 @pytest.mark.parametrize("scheme", get_args(Format))

@@ -257,7 +257,7 @@ COMPUTED = {
 }
 
 
-@pytest.mark.parametrize("scheme", [FakeQuantize(weight="int3"), quantize.Int8WeightOnly()], ids=str)
+@pytest.mark.parametrize("scheme", [FakeQuantize(weight="int4"), quantize.Int8WeightOnly()], ids=str)
 @pytest.mark.parametrize("kind", COMPUTED)
 def test_a_weight_that_is_computed_is_not_quantized_and_its_tensors_are_synced(kind, scheme):
     policy = own_policy()
@@ -474,7 +474,7 @@ from dllm_rl.quantization.schemes import FakeQuantize
 
 make = lambda: tiny_llama(characters="ab", causal=False, hidden_size=16, num_layers=1, num_attention_heads=2)
 whole, policy = make(), make()
-rollout, expected = (quantized_copy(p, FakeQuantize(weight="int3", activation="e4m3")) for p in (policy, whole))
+rollout, expected = (quantized_copy(p, FakeQuantize(weight="int4", activation="e4m3")) for p in (policy, whole))
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=int(sys.argv[2]), world_size=2)
 fully_shard(policy.module, mesh=dist.init_device_mesh("cpu", (2,)))
 with torch.no_grad():
