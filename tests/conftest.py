@@ -135,7 +135,7 @@ def rehearsal():
 def exact_arithmetic():
     """The arithmetic of `zero_mismatch`, in which a row rounds alike in every batch on every processor. A test takes it
     where bits must agree between forwards of other rows; without it they agree to rounding alone."""
-    from dllm_rl.diagnostics.batch_invariance import batch_invariant
+    from dllm_rl.models.forward.batch_invariance import batch_invariant
 
     with batch_invariant():
         yield

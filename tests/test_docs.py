@@ -496,12 +496,6 @@ def test_advantages_of_ones_own_are_above_the_median_of_unequal_groups(tmp_path,
     assert found.tolist() == [-1, 3, 0, 0, -4, 0, 0, 0]
 
 
-def test_a_part_of_the_step_syncs_after_every_fourth_update(tmp_path, monkeypatch):
-    feature = run_example("A part of the step (StepFeature)", tmp_path, monkeypatch)["SyncEvery"]()
-    assert [feature.syncs(None, step) for step in range(8)] == [False, False, False, True] * 2
-    assert feature.max_staleness == 3  # updates between two syncs, less one
-
-
 @pytest.mark.nightly
 def test_a_reward_of_ones_own_grades_and_trains(tmp_path, monkeypatch):
     made = run_example("Your reward", tmp_path, monkeypatch)

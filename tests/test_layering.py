@@ -54,8 +54,8 @@ MAY_IMPORT = {
     "diagnostics": "files records screen types algorithms models quantization likelihoods samplers",
     "evaluation": "device files identity rng screen records types tasks distributed models decoding quantization "
     "samplers monitoring checkpoints",
-    "step": "device rng records types tasks algorithms distributed models decoding settings likelihoods samplers "
-    "monitoring",
+    "step": "device rng records types tasks algorithms distributed models decoding settings quantization likelihoods "
+    "samplers monitoring",
     "supervised": "records types tasks algorithms distributed models decoding settings likelihoods",
     # floor 6
     "recipe": "records tasks algorithms models settings quantization likelihoods samplers step",

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from other_cpu import OtherCPU
 
-from dllm_rl.diagnostics.batch_invariance import batch_invariant
+from dllm_rl.models.forward.batch_invariance import batch_invariant
 
 
 def made(*shape: int) -> torch.Tensor:

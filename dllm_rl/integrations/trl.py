@@ -166,7 +166,8 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         warned = replace(recipe, learning_rate=args.learning_rate or recipe.learning_rate, lora=lora)
         for caution in cautions(warned) if self.accelerator.is_main_process else []:
             warnings.warn(caution, stacklevel=2)
-        self._context.features = ()  # without load balancing, which moves rows to other processes
+        self._context.balances = False  # it moves rows to other processes
+        self._context.corrector_state = None
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, PrinterCallback | ProgressCallback):
                 callback.on_log = partial(self._print_few, callback.on_log)  # type: ignore[method-assign]

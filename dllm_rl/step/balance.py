@@ -14,28 +14,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dllm_rl.device import copy_to_device
 from dllm_rl.distributed.collectives import collective, gather_on_host
-from dllm_rl.step.context import StepContext, StepFeature
-from dllm_rl.step.samples import Samples
-from dllm_rl.step.score import active_rows
+from dllm_rl.step.samples import Samples, active_rows
 from dllm_rl.step.settings import StepSettings
 from dllm_rl.types import Rollout, group_numbers, starts_group
 
 GroupSlot = tuple[int, int]  # a process, and the index of a group among that process's groups
 UPDATE_COST = 3  # cost of an update's forward and backward, relative to a forward that only scores
 MIN_SAVING = 0.02  # a swap must save the busier process more than this share of its work
-
-
-class Balance(StepFeature):
-    """Load balancing between several processes."""
-
-    def __init__(self, *, swaps: bool) -> None:
-        self.swaps = swaps  # False: every process keeps its groups
-
-    def before_scoring(self, context: StepContext, samples: Samples) -> Samples:
-        all_groups, pad_id = context.trains_all_groups, context.policy.pad_id
-        return balance(
-            context.settings, samples, context.accelerator, pad_id=pad_id, swaps=self.swaps, all_groups=all_groups
-        )
 
 
 def balance(

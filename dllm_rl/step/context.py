@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial, wraps
 from pathlib import Path
@@ -15,7 +15,9 @@ from torch import Tensor
 
 from dllm_rl.algorithms.prompt_sources import RewardHistory
 from dllm_rl.models.base import Policy
+from dllm_rl.models.forward.batch_invariance import batch_invariant
 from dllm_rl.monitoring.log import RunLog
+from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.step.samples import Samples
 from dllm_rl.step.settings import StepSettings
 from dllm_rl.types import Copied, Logprobs, Rollout, Views, decorate_own, given_copies
@@ -30,32 +32,21 @@ class StepFeature:
     """An optional part of a training step: override what it needs.
 
     Subclass it to change a step without a recipe's setting for that, and pass it to `train(recipe, features=(...))`.
-    `training.make_step` adds those that the recipe asks for. All methods are called in every process, in the order of
-    the tuple; those of scoring also in the rehearsal before the first step, on one group. What a feature remembers from
-    step to step goes through `state` and `load_state`, or is gone after a resume. The samples, rollouts, views and
-    log-probs that it gets are copies; it returns changed ones, such as `replace(samples, advantages=...)`.
+    `training/parts` has those that a recipe may ask for. All methods are called in every process, in the order of the
+    tuple. What a feature remembers from step to step goes through `state` and `load_state`, or is gone after a resume.
+    The samples and views that it gets are copies; it returns changed ones, such as `replace(samples, advantages=...)`.
 
-    A step calls `after_rollout` and `before_scoring` once, before the completions are scored. For each set of masks it
-    calls `token_advantages`, `views_to_score`, `views_to_learn` (if the rollout policy is scored) and `check_scores`.
-    Then it calls `metrics`, `learn`, `after_update` and `syncs`. `around_forward` and `around_learner` wrap forwards.
+    A step calls `after_rollout` before the completions are scored, `token_advantages` for each set of masks (also in
+    the rehearsal before the first step, on one group), `before_update` before each step of the optimizer, `learn` after
+    the last one, and `after_update` before the rollout policy gets the new weights.
     """
 
-    max_staleness: int = 0  # steps by which weights of rows may be older: `syncs` returns False, or rows are added
-    changes_views: bool = False  # whether it drops views: the sampler's record, which is of all, is then not used
+    max_staleness: int = 0  # steps by which weights of rows may be older, if it adds rows of earlier steps
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
-        methods = ("token_advantages", "views_to_score", "views_to_learn", "check_scores")
-        decorate_own(cls, given_copies, *methods)
-        decorate_own(cls, _refusing_writes, "after_rollout", "before_scoring")
-
-    def around_forward(self, context: "StepContext") -> AbstractContextManager:
-        """Return a context for all forwards of the step: rollouts, a teacher's, the learner's."""
-        return nullcontext()
-
-    def around_learner(self, context: "StepContext") -> AbstractContextManager:
-        """Return a context for scoring and updating."""
-        return nullcontext()
+        decorate_own(cls, given_copies, "token_advantages")
+        decorate_own(cls, _refusing_writes, "after_rollout")
 
     def after_rollout(self, context: "StepContext", samples: Samples, step: int) -> tuple[Samples, Metrics]:
         """Change the samples before anything is scored, and return metrics.
@@ -64,30 +55,19 @@ class StepFeature:
         """
         return samples, {}
 
-    def before_scoring(self, context: "StepContext", samples: Samples) -> Samples:
-        """Move or reorder the samples between processes. Which groups are scored is known by now: give a group its
-        advantages in `after_rollout`.
-        """
-        return samples
-
     def token_advantages(self, context: "StepContext", samples: Samples, views: Views) -> Float[Tensor, "B T"] | None:
         """Return the advantage of each scored token in place of the row's; None to keep the row's. A run with it trains
         on every group, also on those of equal rewards.
         """
         return None
 
-    def views_to_score(self, context: "StepContext", rollout: Rollout, views: Views, *, recorded: bool) -> Views:
-        """Change the views before rollout policy and learner score them, and the reference if `changes_views` is set.
-        `recorded`: the rollout's log-probs are those that the sampler recorded.
+    def before_update(self, context: "StepContext", metrics: Metrics) -> bool:
+        """Return whether to take this step of the optimizer; False skips it, as for an outlying gradient.
+
+        The gradients are those of the trained weights of `context.policy.module`, clipped, and may be changed in place.
+        `metrics` has the loss, and grad_norm before clipping, of all processes. Return the same in all processes.
         """
-        return views
-
-    def views_to_learn(self, rollout: Rollout, views: Views) -> Views:
-        """Change the views after the rollout policy has scored them, and before the learner does."""
-        return views
-
-    def check_scores(self, context: "StepContext", rollout: Rollout, logps: Logprobs) -> None:
-        """Check the scores. Raise RuntimeError to end the run."""
+        return True
 
     def learn(self, context: "StepContext", optimizer: "Optimizer") -> None:
         """Update weights that belong to the learner's, or the learner itself with its optimizer, before the update
@@ -100,22 +80,16 @@ class StepFeature:
         """
         return {}
 
-    def syncs(self, context: "StepContext", step: int) -> bool:
-        """Return whether the rollout policy gets the learner's weights after this step, counted from 0."""
-        return True
-
-    def metrics(self, context: "StepContext") -> Metrics:
-        """Return metrics of the scoring."""
-        return {}
-
-    def state(self) -> bytes | None:
+    def state(self, context: "StepContext") -> bytes | None:
         """Return what a checkpoint stores of this feature, the same in all processes; None for nothing. Change it only
         in `learn`: a checkpoint that is written after an error or a signal belongs to the last complete update.
         """
         return None
 
-    def load_state(self, state: bytes) -> None:
-        """Continue from the state of a checkpoint. Called before the first step of a resumed run."""
+    def load_state(self, context: "StepContext", state: bytes) -> None:
+        """Continue from the state of a checkpoint. Called before the first step of a resumed run, when the context has
+        the checkpoint's weights.
+        """
 
 
 def _refusing_writes(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -152,9 +126,9 @@ def _first_difference(first: Any, second: Any) -> str | None:
     return None
 
 
-def overrides(feature: StepFeature, *methods: str) -> bool:
-    """Return whether the feature's class has one of the methods of its own."""
-    return any(getattr(type(feature), name) is not getattr(StepFeature, name) for name in methods)
+def gives_token_advantages(feature: StepFeature) -> bool:
+    """Return whether the feature's class has `token_advantages` of its own."""
+    return type(feature).token_advantages is not StepFeature.token_advantages
 
 
 @dataclass(eq=False, kw_only=True)
@@ -168,6 +142,13 @@ class StepContext:
     history: RewardHistory  # empty if the prompt source does not read it
     reference: Policy | None = None
     features: tuple[StepFeature, ...] = ()
+    balances: bool = False  # whether processes with much work swap groups with others before scoring
+    # Raises RuntimeError unless rollout and learner agree to the bit; all forwards are then batch-invariant.
+    zero_mismatch: Callable[[Rollout, Logprobs], None] | None = None
+    # What the corrector has written into `TokenStats.state`: of the last complete update, and of the one that is made.
+    # None: nothing stores it, and a corrector that writes is refused.
+    corrector_state: dict[str, Any] | None = field(default_factory=dict)
+    next_corrector_state: dict[str, Any] = field(default_factory=dict)
     log: RunLog = field(default_factory=partial(RunLog, Path(os.devnull), start=0, main=False))  # writes nothing
 
     @property
@@ -178,22 +159,22 @@ class StepContext:
     @property
     def trains_all_groups(self) -> bool:
         """Whether the update also trains on groups of equal rewards: a setting or a feature gives them a gradient."""
-        return self.settings.trains_all_groups or any(overrides(each, "token_advantages") for each in self.features)
+        return self.settings.trains_all_groups or any(map(gives_token_advantages, self.features))
 
     @contextmanager
     def arithmetic(self, *, learner: bool = False) -> Iterator[None]:
-        """Set what every forward of the step needs: autocast to bf16 if `bf16` is set, and the features'; for forwards
-        of the learner also what the features need for those.
+        """Set how every forward of the step computes: in bf16 if `bf16` is set, batch-invariant under `zero_mismatch`,
+        and the learner's with the rollout's quantized operands if the corrector aligns them.
         """
-        if learner:
-            self.policy.module.eval()  # a callback may have changed it; rollouts and scores drop nothing
+        settings, device = self.settings, self.accelerator.device.type
         with ExitStack() as stack:
-            settings, device = self.settings, self.accelerator.device.type
             stack.enter_context(
                 torch.autocast(device, torch.bfloat16, enabled=settings.bf16, cache_enabled=not settings.is_sharded)
             )
-            for feature in self.features:
-                stack.enter_context(feature.around_forward(self))
-            for feature in self.features if learner else ():
-                stack.enter_context(feature.around_learner(self))
+            if self.zero_mismatch is not None:
+                stack.enter_context(batch_invariant())
+            if learner:
+                self.policy.module.eval()  # a callback may have changed it; rollouts and scores drop nothing
+            if learner and settings.corrector.align_forward and not self.learner_samples:
+                stack.enter_context(aligned_forward(self.policy, self.rollout_policy))
             yield

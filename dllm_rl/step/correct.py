@@ -1,10 +1,9 @@
 """Correct for the mismatch between rollout and learner: the batches of a step, with the corrector's weights."""
 
-import json
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -22,33 +21,10 @@ from dllm_rl.distributed.collectives import (
 )
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.likelihoods.views import num_row_forwards
-from dllm_rl.step.context import StepContext, StepFeature
-from dllm_rl.step.samples import Samples
-from dllm_rl.step.score import ScoredSamples, active_rows
+from dllm_rl.step.context import StepContext
+from dllm_rl.step.samples import Samples, active_rows
+from dllm_rl.step.score import ScoredSamples
 from dllm_rl.types import Batch, Logprobs, Views
-
-if TYPE_CHECKING:
-    from torch.optim import Optimizer
-
-
-class CorrectorState(StepFeature):
-    """What the corrector has written into `TokenStats.state`, from update to update and in checkpoints."""
-
-    def __init__(self, corrector: Corrector) -> None:
-        self.corrector = type(corrector).__name__
-        self.kept: dict[str, Any] = {}  # of the last complete update
-        self.newest: dict[str, Any] = {}
-
-    def learn(self, context: StepContext, optimizer: "Optimizer") -> None:
-        self.kept = self.newest
-
-    def state(self) -> bytes | None:
-        return json.dumps({"corrector": self.corrector, "state": self.kept}).encode() if self.kept else None
-
-    def load_state(self, state: bytes) -> None:
-        stored = json.loads(state)
-        if stored["corrector"] == self.corrector:  # else the resume has changed the corrector
-            self.kept = stored["state"]
 
 
 def make_batches(context: StepContext, scored: ScoredSamples) -> tuple[list[Batch], dict[str, float]]:
@@ -59,8 +35,7 @@ def make_batches(context: StepContext, scored: ScoredSamples) -> tuple[list[Batc
     # Measured before `gather_rows`, which makes every process wait for the slowest.
     metrics = reduce_metrics(wait_metrics_of("scoring", accelerator), accelerator)
     batches: list[Batch] = []
-    keeper = next((feature for feature in context.features if isinstance(feature, CorrectorState)), None)
-    state = {} if keeper is None else deepcopy(keeper.kept)
+    state = deepcopy(context.corrector_state or {})
     for logps in scored.logps:
         rows = gather_rows(context, samples, logps)
         weights, trained_metrics = apply_corrector(context.settings.corrector, rows, state)
@@ -70,9 +45,8 @@ def make_batches(context: StepContext, scored: ScoredSamples) -> tuple[list[Batc
         if not batches and logps.views.inverse_chances is not None:
             metrics |= reduce_metrics(drawn_step_metrics(samples, logps, batch, accelerator), accelerator)
         batches.append(replace(batch, graphs=scored.graphs))
-    if keeper is not None:
-        keeper.newest = state
-    elif state:
+    context.next_corrector_state = state
+    if state and context.corrector_state is None:
         raise ValueError(
             f"corrector={type(context.settings.corrector).__name__} keeps a state (stats.state), which TRL's trainer "
             "does not save: train with grpo or a recipe"
@@ -80,8 +54,6 @@ def make_batches(context: StepContext, scored: ScoredSamples) -> tuple[list[Batc
     # After scoring: a collective before it would make the processes wait for each other.
     order = reduce_metrics(scored.order_agreement, accelerator)
     metrics |= {PREFIX + name: value for name, value in order.items()}
-    for feature in context.features:
-        metrics |= feature.metrics(context)
     return batches, metrics
 
 

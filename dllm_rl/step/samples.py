@@ -8,11 +8,12 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from dllm_rl.device import copy_to_device
-from dllm_rl.types import Copied, Logprobs, Rollout, starts_group
+from dllm_rl.step.settings import StepSettings
+from dllm_rl.types import Copied, Logprobs, Rollout, any_in_group, starts_group
 
 
 def rows_of_processes(sizes: Int[Tensor, " P"], num_processes: int) -> tuple[int, ...]:
@@ -143,3 +144,14 @@ class StepResult:
     samples: Samples
     logps: Logprobs
     metrics: dict[str, float]
+
+
+def active_rows(settings: StepSettings, samples: Samples, *, all_groups: bool = False) -> Bool[Tensor, " B"]:
+    """Return which rows the update trains on: the groups with a nonzero advantage, or all rows if the loss has a KL
+    term or an entropy bonus, or if a feature gives the tokens advantages (`all_groups`). No rows if there is no update,
+    and no row without a reward.
+    """
+    if not settings.num_iterations:
+        return torch.zeros_like(samples.advantages, dtype=torch.bool)
+    is_active = any_in_group(samples.advantages != 0, samples.group) | (settings.trains_all_groups or all_groups)
+    return is_active & ~samples.rewards.isnan()

@@ -18,8 +18,9 @@ from dllm_rl.models.base import Policy, join_uneven_forwards
 from dllm_rl.models.logprobs import chunked, process
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers.choose import order_agreement
-from dllm_rl.step.context import StepContext, StepFeature, overrides
-from dllm_rl.step.samples import Samples
+from dllm_rl.step.balance import balance
+from dllm_rl.step.context import StepContext
+from dllm_rl.step.samples import Samples, active_rows
 from dllm_rl.step.settings import MEASURE_STEPS, StepSettings
 from dllm_rl.types import Logprobs, RetainedGraphs, Rollout, Views, any_in_group, group_numbers, starts_group
 
@@ -48,12 +49,10 @@ def score_samples(context: StepContext, samples: Samples, step: int) -> ScoredSa
     Call it before the step's first update. `step` is the number of the samples' batch.
 
     Raises:
-        ValueError: The update trains on rows that are not scored: a worker of late rollouts left them out, or a feature
-            gave them advantages in `before_scoring`.
+        ValueError: The update trains on rows that a worker of late rollouts left out.
     """
     settings, all_groups = context.settings, context.trains_all_groups
-    source = samples.source
-    if source == "fresh":
+    if samples.source == "fresh":
         # Score the groups that the update trains on, and a random sample of the other groups. Together, weighted, they
         # estimate the metrics of all groups.
         samples = replace(samples, metric_weights=metric_weights(settings, samples, step, all_groups=all_groups))
@@ -63,14 +62,15 @@ def score_samples(context: StepContext, samples: Samples, step: int) -> ScoredSa
             "changed setting made them count: use a likelihood that is exact for the sampler, such as Trajectory(), or "
             "max_staleness=0"
         )
-    for feature in context.features:
-        samples = feature.before_scoring(context, samples)
-        check_rollout_logprobs(samples, source, feature)
-        if trains_unscored_rows(context, samples):
-            raise ValueError(
-                f"features: before_scoring of {type(feature).__name__} gave advantages to groups that had none, which "
-                "are not scored; change advantages and rewards in after_rollout"
-            )
+    if context.balances:
+        samples = balance(
+            settings,
+            samples,
+            context.accelerator,
+            pad_id=context.policy.pad_id,
+            swaps=context.zero_mismatch is None,
+            all_groups=all_groups,
+        )
     rollout = samples.rollout
     # All policies use the same views. The sets after the first serve only the later updates, not the metrics.
     views = draw_view_sets(settings, samples, step, context.accelerator, all_groups=all_groups)
@@ -83,15 +83,13 @@ def score_samples(context: StepContext, samples: Samples, step: int) -> ScoredSa
     rollout_logps = samples.rollout_logprobs or (None,) * len(views)  # set only for asynchronous rollouts
     is_trained_row = samples.local(active_rows(settings, samples, all_groups=all_groups), context.accelerator)
     graphs = retained_graphs(settings, context.policy, is_trained_row)
-    changed = any(overrides(feature, "views_to_score", "views_to_learn") for feature in context.features)
-    num_scored = len(views) if changed and source == "fresh" else settings.num_scored_mask_sets
     logps = []
     for k in reversed(range(len(views))):  # the first set comes last, since it may retain graphs
         token_advantages = None
         for feature in context.features:
             given = feature.token_advantages(context, samples, views[k])
             token_advantages = token_advantages if given is None else given
-        if k < num_scored:  # the features change the views of what is scored
+        if k < settings.num_scored_mask_sets:
             retained = graphs if k == 0 else None
             scores = score(context, rollout, views[k], rollout_logprobs=rollout_logps[k], graphs=retained)
         else:
@@ -101,27 +99,13 @@ def score_samples(context: StepContext, samples: Samples, step: int) -> ScoredSa
     return ScoredSamples(samples, logps[::-1], order, graphs)
 
 
-def check_rollout_logprobs(samples: Samples, source: str, feature: StepFeature) -> None:
-    """Raise ValueError if a feature has lost the log-probs of late rollouts, or changed their rows without them.
-
-    Today's weights, or the numbers of another row, would take their place.
-    """
-    shape = samples.rollout.tokens.shape
-    if samples.source != source or any(values.shape != shape for values in samples.rollout_logprobs):
-        shapes = [tuple(values.shape) for values in samples.rollout_logprobs] or "none"
-        raise ValueError(
-            f"features: before_scoring of {type(feature).__name__} left late rollouts of shape {tuple(shape)} with "
-            f"rollout_logprobs of shape {shapes}; change the rows by Samples.reorder"
-        )
-
-
 def rollout_logprob_source(
-    likelihood: LikelihoodEstimator, *, learner_samples: bool, changes_views: bool = False, gives_logits: bool = True
+    likelihood: LikelihoodEstimator, *, learner_samples: bool, gives_logits: bool = True
 ) -> Literal["recorded", "scored", "learner"]:
     """Return the source of the rollout's log-probs: "recorded" (by the sampler; the estimator would compute
     the same numbers), "scored" (a forward of the rollout policy) or "learner" (the learner itself sampled).
     """
-    if (likelihood.exact_for_sampler or not gives_logits) and not changes_views:
+    if likelihood.exact_for_sampler or not gives_logits:
         return "recorded"
     return "learner" if learner_samples else "scored"
 
@@ -148,33 +132,24 @@ def score(
         Log-probs in nats, each (B, T).
 
     Raises:
-        RuntimeError: A feature refuses the scores: under zero_mismatch, those of learner and rollout differ.
+        RuntimeError: Under zero_mismatch, the scores of learner and rollout differ.
     """
     settings, policy = context.settings, context.policy
     likelihood, micro_batch_size = settings.likelihood, settings.micro_batch_size
-    changing = [feature for feature in context.features if feature.changes_views]
     source = rollout_logprob_source(
         likelihood,
         learner_samples=context.learner_samples,
-        changes_views=bool(changing),
         gives_logits=settings.rollout_engine is None or settings.rollout_engine.gives_logits,
     )
-    for feature in changing:  # for the reference too
-        views = feature.views_to_score(context, rollout, views, recorded=False)
     reference_logprobs = None
     if context.reference is not None and settings.beta:  # with beta=0 the reference is only a teacher
         reference_logprobs = likelihood.logprobs(context.reference, rollout, views, micro_batch_size=micro_batch_size)
-    for feature in context.features:
-        if not feature.changes_views:
-            views = feature.views_to_score(context, rollout, views, recorded=source == "recorded")
     if source == "recorded":
         rollout_logprobs = recorded(rollout, views)
     elif source == "scored" and rollout_logprobs is None:
         rollout_logprobs = likelihood.logprobs(
             context.rollout_policy, rollout, views, micro_batch_size=micro_batch_size
         )
-        for feature in context.features:
-            views = feature.views_to_learn(rollout, views)
     entropy = token_entropy(policy, rollout, views, micro_batch_size) if settings.corrector.needs_entropy else None
     # Last: the memory of retained graphs and of another forward would add up.
     view_logprobs = likelihood.view_logprobs(policy, rollout, views, micro_batch_size=micro_batch_size, graphs=graphs)
@@ -187,8 +162,8 @@ def score(
         views=views,
         entropy=entropy,
     )
-    for feature in context.features:
-        feature.check_scores(context, rollout, logps)
+    if context.zero_mismatch is not None:
+        context.zero_mismatch(rollout, logps)
     return logps
 
 
@@ -225,17 +200,6 @@ def retained_graphs(settings: StepSettings, policy: Policy, rows: Bool[Tensor, "
     has_dropout = policy.lora is not None and policy.lora.dropout  # scoring runs without dropout, an update with it
     limit = 0 if has_dropout or settings.is_sharded else settings.max_retained_graphs
     return None if limit == 0 else RetainedGraphs(rows, limit)
-
-
-def active_rows(settings: StepSettings, samples: Samples, *, all_groups: bool = False) -> Bool[Tensor, " B"]:
-    """Return which rows the update trains on: the groups with a nonzero advantage, or all rows if the loss has a KL
-    term or an entropy bonus, or if a feature gives the tokens advantages (`all_groups`). No rows if there is no update,
-    and no row without a reward.
-    """
-    if not settings.num_iterations:
-        return torch.zeros_like(samples.advantages, dtype=torch.bool)
-    is_active = any_in_group(samples.advantages != 0, samples.group) | (settings.trains_all_groups or all_groups)
-    return is_active & ~samples.rewards.isnan()
 
 
 def trains_unscored_rows(context: StepContext, samples: Samples) -> bool:

@@ -9,6 +9,7 @@ sum is computed one forward at a time.
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -57,12 +58,14 @@ def train_step(
         settings = context.settings.update_settings(step)
         late = settings.max_staleness + sum(feature.max_staleness for feature in context.features)
         if batches:
-            update_metrics = update(
-                context.policy, optimizer, batches, context.accelerator, replace(settings, max_staleness=late)
-            )
+            settings = replace(settings, max_staleness=late)
+            is_taken = partial(is_update_taken, context)
+            update_metrics = update(context.policy, optimizer, batches, context.accelerator, settings, is_taken)
         else:  # only features train
             context.policy.weights_version += 1
             update_metrics = {"learning_rate": settings.learning_rate}
+        if context.corrector_state is not None:
+            context.corrector_state = context.next_corrector_state
         for feature in context.features:
             feature.learn(context, optimizer)
         done(mismatch | update_metrics)
@@ -73,6 +76,12 @@ def train_step(
             )
             update_metrics |= direction
     return StepResult(scored.samples, scored.logps[0], mismatch | update_metrics)
+
+
+def is_update_taken(context: StepContext, metrics: dict[str, float]) -> bool:
+    """Return whether no feature skips the optimizer's step. All of them are asked."""
+    answers = [feature.before_update(context, metrics) for feature in context.features]
+    return all(answers)
 
 
 def check_staleness(rollout: Rollout, policy: Policy, *, max_staleness: int = 0) -> None:
@@ -97,12 +106,15 @@ def update(
     batches: list[Batch],
     accelerator: Accelerator,
     settings: UpdateSettings,
+    is_taken: Callable[[dict[str, float]], bool] = lambda metrics: True,
 ) -> dict[str, float]:
     """Take one optimizer step per batch. All batches belong to the same rollout. A forward has at most
-    `micro_batch_size` rows.
+    `micro_batch_size` rows. `is_taken` is called with the metrics between a backward and its optimizer step, which it
+    skips if it returns False.
 
     Returns:
-        The last iteration's metrics; and grad_norm and off_policy/* of every iteration as NAME/iteration_I.
+        The last iteration's metrics; and grad_norm and off_policy/* of every iteration as NAME/iteration_I. If a step
+        was skipped, skipped_updates is their number.
 
     Raises:
         RuntimeError: The rollout's weights are too old or too new (`check_staleness`).
@@ -114,7 +126,7 @@ def update(
     set_learning_rate(optimizer, learning_rate)
     view_logprobs = batches[0].old_view_logprobs
     reduced: dict[str, float] = {}
-    numbered = {}
+    numbered: dict[str, float] = {}
     for iteration, batch in enumerate(batches):
         optimizer.zero_grad(set_to_none=True)  # frees the gradients' memory before the forward
         policy.module.zero_grad(set_to_none=True)  # of weights that the optimizer does not train
@@ -142,7 +154,10 @@ def update(
         if iteration == 0:
             # Before the optimizer step: if the step fails halfway, the changed weights already have the new version.
             policy.weights_version += 1
-        optimizer.step()
+        if is_taken(reduced):
+            optimizer.step()
+        else:
+            numbered["skipped_updates"] = numbered.get("skipped_updates", 0) + 1
         for name, value in reduced.items():
             if name.startswith(("off_policy/", "grad_norm")):
                 numbered[f"{name}/iteration_{iteration}"] = value

@@ -32,10 +32,10 @@ from dllm_rl.step.update import forward_backward
 from dllm_rl.supervised.examples import solution_examples
 from dllm_rl.tasks.base import Cost, Problem, grade, metric_fractions
 from dllm_rl.training.cautions import made_up_advantages
-from dllm_rl.training.distillation import student_teacher_log_ratio
 from dllm_rl.training.make_step import make_step, run_features
+from dllm_rl.training.parts.replay import ReplayStore
+from dllm_rl.training.parts.teacher import student_teacher_log_ratio
 from dllm_rl.training.policies import RolloutCopy, make_optimizer
-from dllm_rl.training.replay_store import ReplayStore
 from dllm_rl.training.sharded_learner import gather_on_main
 from dllm_rl.training.validation import check_measured, is_own_task, needed_metrics
 from dllm_rl.training.warmup import drawn_problems

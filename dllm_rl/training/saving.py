@@ -3,7 +3,7 @@
 import copy
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -24,7 +24,7 @@ from dllm_rl.distributed.sharding import sharding_of
 from dllm_rl.distributed.stop import Stopped, how_to_continue, run_exit_stack
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import host_copy
-from dllm_rl.step.context import StepFeature
+from dllm_rl.step.context import StepContext, StepFeature
 from dllm_rl.tasks.user_code import process_restored
 from dllm_rl.training.any_recipe import AnyRecipe
 from dllm_rl.training.prompts import history_files
@@ -248,12 +248,14 @@ def feature_states(run: Run[AnyRecipe]) -> dict[str, bytes]:
     """Return the files of the features' states. A feature whose `state` raises ends the run; the checkpoint that is
     written then has all else.
     """
-    states = {}
-    for feature in () if run.step is None else run.step.features:
+    states: dict[str, bytes] = {}
+    if run.step is None:
+        return states
+    for feature in run.step.features:
         if feature in run.without_state:
             continue
         run.without_state.append(feature)
-        data = feature.state()
+        data = feature.state(run.step)
         run.without_state.remove(feature)
         if data is not None:
             states[state_file(feature)] = data
@@ -265,7 +267,7 @@ def state_file(feature: StepFeature) -> str:
     return f"{type(feature).__name__}.state"
 
 
-def load_states(features: Sequence[StepFeature], folder: Path) -> list[str]:
+def load_states(context: StepContext, folder: Path) -> list[str]:
     """Load the states of the features that a checkpoint has. A feature that the run had not begins anew.
 
     Returns:
@@ -274,14 +276,14 @@ def load_states(features: Sequence[StepFeature], folder: Path) -> list[str]:
     Raises:
         ValueError: A file is damaged, or its feature has other settings.
     """
-    for feature in features:
+    for feature in context.features:
         path = folder / state_file(feature)
         if path.exists():
             try:
-                feature.load_state(path.read_bytes())
+                feature.load_state(context, path.read_bytes())
             except ValueError as error:
                 raise ValueError(f"{path} cannot be loaded: {error}; or take an earlier checkpoint") from None
-    return sorted({path.stem for path in folder.glob("*.state")} - {type(feature).__name__ for feature in features})
+    return sorted({path.stem for path in folder.glob("*.state")} - {type(each).__name__ for each in context.features})
 
 
 def base_of_adapters(model: object, warmup_steps: int) -> str | None:

@@ -18,13 +18,13 @@ from dllm_rl.checkpoints.resume import MEMORY_SETTINGS, changes_since, contents_
 from dllm_rl.checkpoints.run_folder import clear_folder, open_folder
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.decoding.tokens import begin_ids
-from dllm_rl.diagnostics.batch_invariance import prepare_workspace
 from dllm_rl.distributed.collectives import check_same, from_main, make_accelerator
 from dllm_rl.distributed.peers import Peers
 from dllm_rl.distributed.stop import Stop, how_to_continue, run_exit_stack
 from dllm_rl.likelihoods.estimators import EXACT
 from dllm_rl.models.base import Policy
 from dllm_rl.models.checkpoint.loading import num_parameters
+from dllm_rl.models.forward.batch_invariance import prepare_workspace
 from dllm_rl.models.forward.blocks import compile_blocks
 from dllm_rl.monitoring.json_lines import is_continued
 from dllm_rl.monitoring.log import RunLog, check_trackers, start_trackers
@@ -32,7 +32,7 @@ from dllm_rl.recipe import REFERENCE, Recipe
 from dllm_rl.records import describe, describe_json
 from dllm_rl.screen import line_of
 from dllm_rl.step.collect import component_reward_weights, fitting_indices
-from dllm_rl.step.context import StepFeature, overrides
+from dllm_rl.step.context import StepFeature, gives_token_advantages
 from dllm_rl.supervised.examples import check_no_blanks
 from dllm_rl.tasks.base import check_not_empty
 from dllm_rl.tasks.user_code import AFTER_USER_CODE, process_restored
@@ -154,7 +154,7 @@ def start(recipe: Recipe, pool: WorkerPool | None = None, features: Sequence[Ste
         features=(*run_features(recipe, teacher), *features),
         log=log,
     )
-    if resume_folder is not None and (unused := load_states(step.features, resume_folder)):
+    if resume_folder is not None and (unused := load_states(step, resume_folder)):
         log.say(f"warning: no feature of this run takes the checkpoint's state of {', '.join(unused)}: was it renamed?")
     run = Run(
         recipe=recipe,
@@ -185,26 +185,20 @@ def start(recipe: Recipe, pool: WorkerPool | None = None, features: Sequence[Ste
 
 def check_features(features: Sequence[StepFeature], recipe: Recipe) -> None:
     """Raise ValueError for two features of one name, whose states would be one file, for advantages of tokens under a
-    loss of rows, or for a feature that rollout workers, which do not call it, would contradict.
+    loss of rows, or for rows of earlier steps beside rollout workers.
     """
     names = [type(feature).__name__ for feature in features]
     if doubles := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"features: {min(doubles)} stands there twice, and checkpoints name a feature by its class")
     for feature in features:
         name, loss = type(feature).__name__, recipe.resolved_loss
-        learner_samples = not recipe.has_separate_rollout_policy and recipe.shard_size == 1
-        if overrides(feature, "syncs") and learner_samples:
-            raise ValueError(
-                f"features: {name} says when the rollout policy gets the learner's weights, and here the learner "
-                "samples itself: set rollout_quantization or rollout_engine, or leave it out"
-            )
-        if overrides(feature, "token_advantages") and not is_per_token(loss):
+        if gives_token_advantages(feature) and not is_per_token(loss):
             raise ValueError(
                 f"features: {name} gives each token its advantage, and loss={describe(loss)} treats a row's tokens "
                 "together: use PPOClip, CISPO or Reinforce, or leave it out"
             )
         if (
-            overrides(feature, "token_advantages")
+            gives_token_advantages(feature)
             and recipe.max_staleness
             and not (recipe.likelihood.exact_for_sampler or recipe.trains_all_groups)
         ):
@@ -213,12 +207,11 @@ def check_features(features: Sequence[StepFeature], recipe: Recipe) -> None:
                 f"{recipe.max_staleness} and likelihood={recipe.likelihood.name!r} workers score only groups whose "
                 f"rewards differ: use {EXACT}, or max_staleness=0"
             )
-        if recipe.rollout_workers and (
-            feature.changes_views or feature.max_staleness or overrides(feature, "around_forward")
-        ):
+        if recipe.rollout_workers and feature.max_staleness:
             raise ValueError(
-                f"features: {name} changes forwards, what is scored or when weights are synced, and workers "
-                f"(rollout_workers={recipe.rollout_workers}) do not call it: use rollout_workers=0, or leave it out"
+                f"features: {name} adds rows of earlier steps (max_staleness={feature.max_staleness}), and those of "
+                f"workers (rollout_workers={recipe.rollout_workers}) are late, too: use rollout_workers=0, or leave it "
+                "out"
             )
 
 

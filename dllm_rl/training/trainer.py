@@ -16,6 +16,7 @@ from dllm_rl.records import describe
 from dllm_rl.screen import escape_controls
 from dllm_rl.step.collect import collect
 from dllm_rl.step.context import StepFeature
+from dllm_rl.step.samples import Samples
 from dllm_rl.step.update import train_step
 from dllm_rl.tasks.user_code import children_end
 from dllm_rl.training.completion_log import log_completions
@@ -28,7 +29,6 @@ from dllm_rl.training.run import Run
 from dllm_rl.training.start import start
 from dllm_rl.training.summary import Summary
 from dllm_rl.training.validation import evaluate_held_out, validation_interval
-from dllm_rl.types import Rollout
 
 
 @in_own_folder
@@ -76,9 +76,9 @@ def take_step(run: Run[Recipe], step_index: int) -> dict[str, float]:
     else:  # a rollout worker has sampled them; workers sample the batches of later steps while this step trains
         samples, completions, metrics = run.async_rollouts.collect(step_index)
     for feature in step.features:
-        before = samples.rollout
+        before = samples
         samples, feature_metrics = feature.after_rollout(step, samples, step_index)
-        check_rows(run.recipe, feature, before, samples.rollout)
+        check_rows(run.recipe, feature, before, samples)
         metrics |= feature_metrics
     state, before_update = run.state, metrics
     record = lambda update_metrics: record_update(run, step_index, before_update | update_metrics)  # noqa: E731
@@ -99,24 +99,34 @@ def take_step(run: Run[Recipe], step_index: int) -> dict[str, float]:
     with run.log.stage("sync"):
         # `publish` gives the workers one more batch to sample, with the new weights, and returns metrics.
         mismatch_metrics = {} if run.async_rollouts is None else run.async_rollouts.publish(step_index, result)
-        syncs = all(feature.syncs(step, step_index) for feature in step.features)
-        sync_metrics = mismatch_metrics | (run.engine.sync(run.policy, run.rollout_policy) if syncs else {})
-    return metrics | sync_metrics
+        return metrics | mismatch_metrics | run.engine.sync(run.policy, run.rollout_policy)
 
 
-def check_rows(recipe: Recipe, feature: StepFeature, before: Rollout, after: Rollout) -> None:
-    """Raise ValueError if a feature left out rows, or added older ones whose log-probs would be of today's weights."""
-    where, num_rows = f"features: after_rollout of {type(feature).__name__}", len(before.tokens)
-    if (num_left_out := num_rows - len(after.tokens)) > 0:  # they have no place in `completions`
+def check_rows(recipe: Recipe, feature: StepFeature, before: Samples, after: Samples) -> None:
+    """Raise ValueError if a feature left out rows, added older ones whose log-probs would be of today's weights, or
+    lost the log-probs of late rollouts.
+    """
+    rollout = after.rollout
+    where, num_rows = f"features: after_rollout of {type(feature).__name__}", len(before.rollout.tokens)
+    if (num_left_out := num_rows - len(rollout.tokens)) > 0:  # they have no place in `completions`
         raise ValueError(
             f"{where} left out {num_left_out} of {num_rows} rows; keep them, with reward NaN and advantage 0, and they "
             "do not count"
         )
-    if after.weights_version < before.weights_version and not recipe.likelihood.exact_for_sampler:
+    version, version_before = rollout.weights_version, before.rollout.weights_version
+    if version < version_before and not recipe.likelihood.exact_for_sampler:
         raise ValueError(
-            f"{where} added rows of weights_version={after.weights_version} to those of {before.weights_version}, and "
+            f"{where} added rows of weights_version={version} to those of {version_before}, and "
             f"likelihood={describe(recipe.likelihood)} would take today's weights for those that sampled them: use a "
             "likelihood that is exact for the sampler, such as Trajectory()"
+        )
+    shape = rollout.tokens.shape
+    if after.source != before.source or any(values.shape != shape for values in after.rollout_logprobs):
+        # Today's weights, or the numbers of another row, would take their place.
+        shapes = [tuple(values.shape) for values in after.rollout_logprobs] or "none"
+        raise ValueError(
+            f"{where} left late rollouts of shape {tuple(shape)} with rollout_logprobs of shape {shapes}; change the "
+            "rows by Samples.reorder"
         )
 
 

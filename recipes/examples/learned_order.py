@@ -37,22 +37,19 @@ class LearnOrder(StepFeature):
     def __init__(self, learning_rate):
         self.optimizer = torch.optim.SGD(head.parameters(), lr=learning_rate)
 
-    def before_scoring(self, context, samples):
+    def after_rollout(self, context, samples, step):
         head.to(context.accelerator.device)
         self.optimizer.zero_grad()
-        return samples
+        return samples, {"order/head_norm": head.weight.norm().item()}
 
     def learn(self, context, optimizer):
         sum_gradients(head, context.accelerator)  # the loss is divided by the counts of all processes
         self.optimizer.step()
 
-    def metrics(self, context):
-        return {"order/head_norm": head.weight.norm().item()}
-
-    def state(self):
+    def state(self, context):
         return serialize({"weight": head.weight.detach()}, {})
 
-    def load_state(self, state):
+    def load_state(self, context, state):
         tensors, _ = deserialize(state)
         head.load_state_dict(tensors)
 

@@ -88,13 +88,13 @@ class ReplayRows(StepFeature):
     def learn(self, context, optimizer):
         self.stored = self.next_stored
 
-    def state(self):
+    def state(self, context):
         if self.stored is None:
             return None
         tensors = {"rewards": self.stored.rewards, "advantages": self.stored.advantages, "steps": self.stored.steps}
         return serialize(tensors, {"rollout": record_to_json(self.stored.rollout, "rollout", tensors)})
 
-    def load_state(self, state):
+    def load_state(self, context, state):
         tensors, header = deserialize(state)
         rollout = record_from_json(header["rollout"], tensors, base.sampler.rank)
         self.stored = Stored(rollout, *(tensors[name] for name in ("rewards", "advantages", "steps")))

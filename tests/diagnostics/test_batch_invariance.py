@@ -14,13 +14,9 @@ from simulated_cuda import SimulatedCuda
 from tiny_recipe import tiny_recipe
 
 from dllm_rl.algorithms.correctors import Aligned
-from dllm_rl.diagnostics.batch_invariance import (
-    BatchInvariantOps,
-    batch_invariant,
-    check_bitwise_equal,
-    prepare_workspace,
-)
+from dllm_rl.diagnostics.batch_invariance import check_bitwise_equal
 from dllm_rl.likelihoods.estimators import Trajectory
+from dllm_rl.models.forward.batch_invariance import BatchInvariantOps, batch_invariant, prepare_workspace
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.samplers.rules import MaxProb
@@ -146,7 +142,7 @@ def check(rollout, noise, old, sampled, policy, rollout_policy) -> None:
     logps = Logprobs(
         old_logprobs=old, old_view_logprobs=old[None], rollout_logprobs=sampled, reference_logprobs=None, views=noise
     )
-    check_bitwise_equal(rollout, noise, logps, policy=policy, rollout_policy=rollout_policy)
+    check_bitwise_equal(policy, rollout_policy, rollout, logps)
 
 
 LAYERS = {

@@ -89,17 +89,6 @@ class Feature(StepFeature):
     def token_advantages(self, context, samples, views):
         spoil((samples, views)) if WRITES else None
 
-    def views_to_score(self, context, rollout, views, *, recorded):
-        kept = views.copied()
-        spoil((rollout, views)) if WRITES else None
-        return kept
-
-    def views_to_learn(self, rollout, views):
-        return self.views_to_score(None, rollout, views, recorded=False)
-
-    def check_scores(self, context, rollout, logps):
-        spoil((rollout, logps)) if WRITES else None
-
 
 def loss(log_ratio, advantages, mask, inverse_chances):
     result = PPOClip()(log_ratio.clone(), advantages.clone(), mask.clone())
@@ -175,15 +164,15 @@ class Rollouts(StepFeature):
 
 
 class Rewards(StepFeature):
-    def before_scoring(self, context, samples):
+    def after_rollout(self, context, samples, step):
         samples.rewards.sub_(samples.rewards.mean())
-        return samples
+        return samples, {}
 
 
 @pytest.mark.parametrize(
     ("feature", "said"),
     [(Rollouts(), "after_rollout of Rollouts wrote into samples.rollout.logprobs; write into samples.rollout.logp"),
-     (Rewards(), "before_scoring of Rewards wrote into samples.rewards; write into samples.rewards.clone")],
+     (Rewards(), "after_rollout of Rewards wrote into samples.rewards; write into samples.rewards.clone")],
 )  # fmt: skip
 def test_a_feature_that_writes_into_samples_is_refused(tmp_path, feature, said):
     """It returns samples, so that nobody knows whether the run is to have the change."""

@@ -150,7 +150,7 @@ def test_a_result_of_other_numbers_of_steps_is_refused_before_any_run(arm, chang
 
 
 class Seen(StepFeature):
-    def metrics(self, context):
+    def after_update(self, context):
         return {"seen": 1.0}
 
 

@@ -20,7 +20,7 @@ from dllm_rl.models.tiny import char_tokenizer, tiny_llama, tiny_masked_lm
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers.choose import order_agreement
 from dllm_rl.samplers.rules import RandomOrder, Threshold
-from dllm_rl.training.distillation import refine_steps
+from dllm_rl.training.parts.teacher import refine_steps
 from dllm_rl.training.trainer import train
 from recipes.examples.turns import TwoTurns, calculator, recipe, small, taught
 

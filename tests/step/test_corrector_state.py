@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,10 +17,10 @@ from dllm_rl.algorithms.correctors import FunctionCorrector
 from dllm_rl.checkpoints.checkpoint import list_checkpoints
 from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.step.collect import collect
-from dllm_rl.step.correct import CorrectorState
 from dllm_rl.step.update import train_step
 from dllm_rl.testing import make_stats
 from dllm_rl.training.make_step import make_step
+from dllm_rl.training.parts.corrector_state import CorrectorState
 
 pytestmark = pytest.mark.usefixtures("no_rehearsal")
 
@@ -145,17 +146,20 @@ def test_what_a_checkpoint_would_not_keep_is_refused(tmp_path, value):
 
 
 def test_a_loop_that_saves_no_features_refuses_a_state(tmp_path):
-    steps = steps_of(tiny_recipe(tmp_path, corrector=Counting(), train_batch_size=1), features=())
+    steps = steps_of(tiny_recipe(tmp_path, corrector=Counting(), train_batch_size=1), corrector_state=None)
     with pytest.raises(ValueError, match="corrector=Counting keeps a state"):
         next(steps)
-    assert next(steps_of(tiny_recipe(tmp_path, corrector=TIS(), train_batch_size=1), features=()))
+    assert next(steps_of(tiny_recipe(tmp_path, corrector=TIS(), train_batch_size=1), corrector_state=None))
 
 
 def test_a_resume_with_another_corrector_begins_with_an_empty_state(tmp_path):
-    kept = CorrectorState(Counting())
-    kept.kept = {"calls": 7}
+
+    def context(corrector, **kept):
+        return SimpleNamespace(settings=SimpleNamespace(corrector=corrector), corrector_state=kept)
+
+    stored = CorrectorState().state(context(Counting(), calls=7))
     for corrector, expected in ((Counting(), {"calls": 7}), (Counting(key="other"), {"calls": 7}), (Other(), {})):
-        again = CorrectorState(corrector)
-        again.load_state(kept.state())
-        assert again.kept == expected
-    assert CorrectorState(TIS()).state() is None, "a corrector without a state has no file"
+        again = context(corrector)
+        CorrectorState().load_state(again, stored)
+        assert again.corrector_state == expected
+    assert CorrectorState().state(context(TIS())) is None, "a corrector without a state has no file"

@@ -1,18 +1,18 @@
 """Parts of a step that no setting has, each built as a user would: in a class of a few lines, given to `train`."""
 
-from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from emulated import int3_emulated
+from readme import example
 from run_outputs import metrics_of
 from tiny_recipe import Wrapped, with_changes
 from tiny_recipe import tiny_recipe as larger_recipe
 
-from dllm_rl import ELBO, Coupled, Int8WeightOnly, OneStep, StepFeature, Trajectory, evaluate, quantized_copy, train
+from dllm_rl import Coupled, OneStep, StepFeature, Trajectory, train
 from dllm_rl.algorithms.correctors import NoCorrection
-from dllm_rl.algorithms.losses import CISPO, GSPO, Reinforce, SequenceMean
+from dllm_rl.algorithms.losses import CISPO, GSPO, SequenceMean
 from dllm_rl.checkpoints.checkpoint import list_checkpoints
 from dllm_rl.models.base import trainable_parameters
 from dllm_rl.monitoring.json_lines import current_rows
@@ -29,36 +29,7 @@ def tiny_recipe(directory, **changes):
     larger = larger_recipe(directory)
     few = {"sampler": larger.sampler.replace(diffusion_steps=2)}
     few |= {name: replace(getattr(larger, name), size=1) for name in ("eval_task", "validation_task")}
-    return replace(larger, **few | changes)
-
-
-class SyncEvery(StepFeature):
-    """The rollout policy gets new weights every `steps` updates."""
-
-    def __init__(self, steps):
-        self.steps, self.max_staleness, self.versions = steps, steps - 1, []
-
-    def after_rollout(self, context, samples, step):
-        self.versions.append(samples.rollout.weights_version)
-        return samples, {}
-
-    def syncs(self, context, step):
-        return (step + 1) % self.steps == 0
-
-
-class DropSmallViews(StepFeature):
-    """Views that score fewer than `least` tokens of this process are not scored: by no policy, so ratios agree."""
-
-    changes_views = True
-
-    def __init__(self, least):
-        self.least, self.sizes = least, []
-
-    def views_to_score(self, context, rollout, views, *, recorded):
-        sizes = (views.coefficients != 0).sum((-1, -2))
-        self.sizes.append(sizes.tolist())
-        kept = (sizes >= self.least).to(views.coefficients)[:, None, None]
-        return replace(views, coefficients=views.coefficients * kept)
+    return with_changes(larger, **few | changes)
 
 
 class LogLayers(StepFeature):
@@ -67,80 +38,6 @@ class LogLayers(StepFeature):
     def after_update(self, context):
         named = context.policy.module.named_parameters()
         return {f"mine/{name}": weight.grad.norm().item() for name, weight in named if weight.grad is not None}
-
-
-class LogHighest(StepFeature):
-    """The 99th percentile of |log ratio| of a step's scored tokens."""
-
-    def check_scores(self, context, rollout, logps):
-        scored = logps.views.scored(rollout.completion_mask)
-        self.found = (logps.old_logprobs - logps.rollout_logprobs)[scored].abs().quantile(0.99).item()
-
-    def metrics(self, context):
-        return {"mine/p99": self.found}
-
-
-@pytest.mark.slow
-def test_a_sync_every_four_updates(tmp_path):
-    feature = SyncEvery(4)
-    recipe = tiny_recipe(tmp_path, num_steps=6, rollout_quantization=int3_emulated, learning_rate=1e-2)
-    train(recipe, features=(feature,))
-    assert feature.versions == [0, 0, 0, 0, 4, 4]
-    with pytest.raises(ValueError, match=r"SyncEvery says when .*: set rollout_quantization or rollout_engine"):
-        train(tiny_recipe(tmp_path / "own", rollout_quantization=None), features=(SyncEvery(4),))
-    check_features(
-        (SyncEvery(4),), recipe.replace(rollout_quantization=None, shard_size=2)
-    )  # which samples with a copy
-    rows = metrics_of(tmp_path)
-    assert ["quantization/codes_changed" in row for row in rows] == [False, False, False, True, False, False]
-
-
-def test_without_its_promise_an_older_rollout_is_refused(tmp_path):
-    feature = SyncEvery(4)
-    feature.max_staleness = 0
-    with pytest.raises(RuntimeError, match="is 1 updates behind the learner's 1"):
-        train(tiny_recipe(tmp_path, rollout_quantization=int3_emulated), features=(feature,))
-
-
-@pytest.mark.parametrize("likelihood", [Trajectory(), Trajectory(num_segments=2)])
-@pytest.mark.repeated(first_only=True)
-def test_small_views_are_dropped_for_every_policy(likelihood, tmp_path):
-    changes = {"num_steps": 1, "rollout_quantization": None, "corrector": NoCorrection(), "likelihood": likelihood}
-    changes["sampler"] = larger_recipe(tmp_path).sampler  # of three steps, so that sizes differ
-    feature = DropSmallViews(least=0)
-    train(tiny_recipe(tmp_path / "all", **changes), features=(feature,))
-    feature = DropSmallViews(least=max(feature.sizes[-1]))  # the largest one stays
-    train(tiny_recipe(tmp_path / "one", **changes), features=(feature,))
-    assert min(feature.sizes[-1]) < feature.least
-    train(tiny_recipe(tmp_path / "plain", **changes))
-    one, every, plain = (metrics_of(tmp_path / name)[0] for name in ("one", "all", "plain"))
-    assert one["rollout_corr/abs_log_ratio_max"] == 0, "rollout and learner score the same views"
-    assert 0 < one["grad_norm"] != plain["grad_norm"] == every["grad_norm"]
-
-
-@pytest.mark.slow
-def test_the_reference_scores_the_views_that_are_left(tmp_path):
-    """The learner is the reference before the first update, so that the KL term is 0 in every view."""
-    likelihood = ELBO(num_samples=3)  # a position is scored in several views
-    recipe = tiny_recipe(tmp_path, beta=0.5, num_steps=1, rollout_quantization=None, likelihood=likelihood)
-    feature = DropSmallViews(least=0)
-    train(recipe, features=(feature,))
-    feature = DropSmallViews(least=max(feature.sizes[-1]))
-    train(replace(recipe, output_dir=str(tmp_path / "one")), features=(feature,))
-    assert any(size < feature.least for size in feature.sizes[-1])
-    assert metrics_of(tmp_path / "one")[0]["kl"] == 0
-
-
-@pytest.mark.slow
-def test_without_its_promise_the_record_of_all_views_is_taken(tmp_path):
-    """The trap: the order's log-probs of the dropped steps stay in the rollout's, and the learner has none."""
-    changes = {"num_steps": 1, "rollout_quantization": None, "corrector": NoCorrection(), "likelihood": Trajectory()}
-    feature = DropSmallViews(least=0)
-    train(tiny_recipe(tmp_path / "all", **changes), features=(feature,))
-    feature = DropSmallViews(least=max(feature.sizes[-1]))
-    feature.changes_views = False
-    train(tiny_recipe(tmp_path / "one", **changes), features=(feature,))
-    assert metrics_of(tmp_path / "one")[0]["rollout_corr/abs_log_ratio_max"] > 0.1
 
 
 class Filters(StepFeature):
@@ -204,67 +101,26 @@ def test_a_row_that_does_not_count_stays(tmp_path):
         assert row["completion"] in "".join(token["text"] for token in row["tokens"]).replace("<pad>", "")
 
 
-class Gives(StepFeature):
-    """Gives each completion an advantage, whatever it is worth, in one of its methods."""
-
-    def __init__(self, method):
-        self.method = method
-
-    def given(self, method, samples):
-        advantages = torch.linspace(-1, 1, len(samples.advantages))
-        return replace(samples, advantages=advantages) if method == self.method else samples
-
-    def after_rollout(self, context, samples, step):
-        return self.given("after_rollout", samples), {}
-
-    def before_scoring(self, context, samples):
-        return self.given("before_scoring", samples)
-
-
-def test_advantages_that_come_after_the_choice_of_what_is_scored(tmp_path):
-    """Before it they count; after it, only groups that had advantages can get others."""
-
-    def norm(name, beginnings, method):
-        recipe = tiny_recipe(tmp_path / name, num_steps=1, corrector=NoCorrection(), num_mismatch_groups=1)
-        train(replace(recipe, task=Dull(recipe.task, beginnings)), features=(Gives(method),))
-        return metrics_of(recipe.output_dir)[0]["grad_norm"]
-
-    expected = norm("early", ".1234", "after_rollout")  # all groups are of equal rewards
-    assert norm("late", "", "before_scoring") == pytest.approx(expected)
-    with pytest.raises(ValueError, match=r"^features: before_scoring of Gives gave advantages to groups that had none"):
-        norm("too_late", ".1234", "before_scoring")
-
-
 class Fails(StepFeature):
-    def __init__(self, method):
-        self.calls = 0
-        setattr(self, method, self.fail)
+    calls = 0
 
-    def fail(self, context, step=None):
+    def after_update(self, context):
         self.calls += 1
         if self.calls == 2:
             raise RuntimeError("mine")
-        return {} if step is None else True
+        return {}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["after_update", "syncs"])
-def test_an_error_after_the_update_leaves_a_checkpoint_of_it(method, tmp_path):
+def test_an_error_after_the_update_leaves_a_checkpoint_of_it(tmp_path):
     recipe = tiny_recipe(tmp_path, num_steps=4, save_steps=4)
     with pytest.raises(RuntimeError, match="mine"):
-        train(recipe, features=(Fails(method),))
+        train(recipe, features=(Fails(),))
     assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")][-1] == 2
     train(replace(recipe, resume_from_checkpoint="latest"))
     train(replace(recipe, output_dir=str(tmp_path / "whole")))
     whole, again = (metrics_of(folder)[-1] for folder in (tmp_path / "whole", tmp_path))
     assert again["step"] == 3 and again["grad_norm"] == whole["grad_norm"] and again["reward"] == whole["reward"]
-
-
-class Watches(StepFeature):
-    """Has a context for each forward."""
-
-    def around_forward(self, context):
-        return nullcontext()
 
 
 class Halves(StepFeature):
@@ -328,33 +184,74 @@ def test_advantages_of_tokens_need_what_a_worker_scores(tmp_path):
     check_features((Halves(),), replace(recipe, likelihood=Trajectory()))
 
 
-def test_views_are_changed_for_every_update_also_if_nothing_reads_a_ratio(tmp_path):
-    changes = {"num_steps": 1, "rollout_quantization": None, "corrector": NoCorrection(), "num_iterations": 3}
-    recipe = tiny_recipe(tmp_path, likelihood=ELBO(num_samples=2), loss=Reinforce(), **changes)
-    train(recipe, features=(DropSmallViews(least=10**6),))
-    (row,) = metrics_of(tmp_path)
-    norms = [value for name, value in row.items() if name.startswith("grad_norm")]
-    assert norms == [0, 0, 0, 0], "each update's, and the last one's"
-
-
-@pytest.mark.parametrize("feature", [SyncEvery(4), DropSmallViews(least=6), Watches()])
-def test_what_workers_would_contradict_is_refused(feature, tmp_path):
-    recipe = tiny_recipe(tmp_path, rollout_workers=1, max_staleness=1)
-    with pytest.raises(ValueError, match=f"features: {type(feature).__name__} changes forwards, what is scored"):
-        train(recipe, features=(feature,))
-    assert not (tmp_path / "metrics.jsonl").exists()
-
-
 def test_metrics_of_ones_own(tmp_path):
-    recipe = tiny_recipe(tmp_path, num_steps=1, rollout_quantization=int3_emulated)
-    summary = train(recipe, features=(LogLayers(), LogHighest()))
+    recipe = tiny_recipe(tmp_path, num_steps=1)
+    summary = train(recipe, features=(LogLayers(),))
     names = {name for name, _ in summary.policy.module.named_parameters()}
     assert len(trainable_parameters(summary.policy.module)) == len(names)
     (row,) = metrics_of(tmp_path)
     layers = torch.tensor([value for name, value in row.items() if name.removeprefix("mine/") in names])
     assert len(layers) == len(names)
     assert layers.norm().item() == pytest.approx(min(row["grad_norm"], recipe.max_grad_norm), rel=1e-4)
-    assert 0 < row["mine/p99"] <= row["rollout_corr/abs_log_ratio_max"]
+
+
+def test_rows_of_earlier_steps_beside_workers_are_refused(tmp_path):
+    recipe = tiny_recipe(tmp_path, rollout_workers=1, max_staleness=1)
+    with pytest.raises(ValueError, match="features: Again adds rows of earlier steps"):
+        train(recipe, features=(Again(),))
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def page(heading):
+    """What the page's example under a heading defines."""
+    made = {"__name__": "page"}
+    exec(example(heading), made)
+    return made
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_an_outlying_gradient_is_skipped(tmp_path, factor):
+    feature = page("A part of the step (StepFeature)")["SkipOutliers"](factor=factor)
+    feature.usual = metrics_of_one_step(tmp_path / "plain")["grad_norm"]
+    run = train(tiny_recipe(tmp_path / "run", num_steps=1), features=(feature,))
+    (row,) = metrics_of(tmp_path / "run")
+    start = tiny_recipe(tmp_path).model().module.state_dict()
+    is_moved = [not torch.equal(start[name], weight) for name, weight in run.policy.module.state_dict().items()]
+    assert any(is_moved) == (factor > 1) and row.get("skipped_updates", 0) == (factor < 1)
+
+
+def metrics_of_one_step(folder):
+    train(tiny_recipe(folder, num_steps=1))
+    return metrics_of(folder)[0]
+
+
+def test_all_features_see_each_update_and_one_is_enough_to_skip_it(tmp_path):
+    class Sees(StepFeature):
+        seen = 0
+
+        def before_update(self, context, metrics):
+            self.seen += 1
+            assert metrics["grad_norm"] > 0 and any(w.grad is not None for w in context.policy.module.parameters())
+            return self.seen % 2 == 0
+
+    features = Sees(), type("Also", (Sees,), {"seen": 1})()
+    train(tiny_recipe(tmp_path, num_steps=1, num_iterations=3), features=features)
+    (row,) = metrics_of(tmp_path)
+    assert [feature.seen for feature in features] == [3, 4] and row["skipped_updates"] == 3
+
+
+@pytest.mark.slow
+def test_a_moving_reference_is_resumed_bit_for_bit(tmp_path):
+    moving = page("A reference that moves")["MovingReference"]
+    whole, parts = (tiny_recipe(tmp_path / name, beta=0.5, learning_rate=1e-2) for name in ("whole", "parts"))
+    train(replace(whole, num_steps=4, lr_schedule_steps=4), features=(moving(),))
+    train(replace(parts, num_steps=2, lr_schedule_steps=4), features=(moving(),))
+    again = replace(parts, num_steps=4, lr_schedule_steps=4, resume_from_checkpoint="latest")
+    train(again, features=(moving(),))
+    train(replace(whole, output_dir=str(tmp_path / "fixed"), num_steps=4, lr_schedule_steps=4))
+    mine, other, fixed = (metrics_of(tmp_path / name) for name in ("whole", "parts", "fixed"))
+    assert [row["kl"] for row in mine] == [row["kl"] for row in other]
+    assert mine[-1]["kl"] < fixed[-1]["kl"], "it follows the learner"
 
 
 class Counted(StepFeature):
@@ -366,12 +263,12 @@ class Counted(StepFeature):
     def learn(self, context, optimizer):
         self.updates += 1
 
-    def state(self):
+    def state(self, context):
         if self.updates == self.fails_at:
             raise KeyError("mine")
         return str(self.updates).encode()
 
-    def load_state(self, state):
+    def load_state(self, context, state):
         self.updates = int(state)
 
 
@@ -403,19 +300,11 @@ def test_a_state_that_no_feature_takes_is_named(tmp_path, capsys):
     train(tiny_recipe(tmp_path, num_steps=1, **settings), features=(Counted(),))
     assert "takes the checkpoint's state" not in capsys.readouterr().out
     same, renamed = Counted(), Renamed()
-    assert load_states((same,), tmp_path / "checkpoints" / "step-000001") == [] and same.updates == 1
+    context = SimpleNamespace(features=(same,))
+    assert load_states(context, tmp_path / "checkpoints" / "step-000001") == [] and same.updates == 1
     train(tiny_recipe(tmp_path, resume_from_checkpoint="latest", **settings), features=(renamed,))
     assert renamed.updates == 1, "it began anew"
     assert "no feature of this run takes the checkpoint's state of Counted" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_the_last_evaluation_of_the_copy_has_the_last_weights(tmp_path):
-    """Although the feature skipped the last sync."""
-    recipe = tiny_recipe(tmp_path, num_steps=3, learning_rate=0.05, rollout_quantization=Int8WeightOnly())
-    run = train(recipe, features=(SyncEvery(2),))
-    copied = evaluate(quantized_copy(run.policy, Int8WeightOnly()), recipe.eval_task, recipe.eval_sampler, batch_size=8)
-    assert run["eval_after_quantized"]["reward"] == pytest.approx(copied.means["reward"])
 
 
 def last_weights(parameters, *, lr, betas, weight_decay):

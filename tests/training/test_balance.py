@@ -13,7 +13,6 @@ from torch import Tensor
 from dllm_rl.likelihoods.estimators import ELBO, Coupled, OneStep
 from dllm_rl.rng import generator_for
 from dllm_rl.step import balance
-from dllm_rl.step.balance import Balance
 from dllm_rl.step.samples import Samples
 from dllm_rl.training.make_step import make_step
 from dllm_rl.types import BatchRecord, Events, FilterSupport, Order, Rollout, SamplingParams
@@ -198,7 +197,7 @@ def test_rows_stay_with_zero_mismatch(tmp_path, monkeypatch):
 def test_one_process_balances_nothing(tmp_path):
     policy = tiny_recipe(tmp_path).model()
     step = make_step(tiny_recipe(tmp_path), accelerator=Accelerator(cpu=True), policy=policy, rollout_policy=policy)
-    assert not any(isinstance(feature, Balance) for feature in step.features)
+    assert not step.balances
 
 
 @pytest.mark.parametrize(

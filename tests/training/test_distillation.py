@@ -24,8 +24,8 @@ from dllm_rl.samplers.rules import Confidence, PlackettLuce, RandomOrder
 from dllm_rl.tasks.datasets import task_from_dataset
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.testing.enumeration import ToyPolicy, contributions, per_outcome
-from dllm_rl.training.distillation import Teacher, refine_steps, student_teacher_log_ratio
 from dllm_rl.training.late_rollouts.schedule import InProcessPool
+from dllm_rl.training.parts.teacher import Teacher, refine_steps, student_teacher_log_ratio
 from dllm_rl.training.policies import build_policy, teacher_policy
 
 pytestmark = pytest.mark.usefixtures("no_rehearsal")

@@ -60,7 +60,7 @@ from dllm_rl.training.late_rollouts.schedule import (
 )
 from dllm_rl.training.make_step import make_step
 from dllm_rl.training.policies import RolloutCopy, build_policy, make_optimizer
-from dllm_rl.training.trainer import train
+from dllm_rl.training.trainer import check_rows, train
 from dllm_rl.types import Logprobs, Rollout, Views
 from recipes.examples.bounds import Sandwich
 
@@ -336,13 +336,13 @@ def test_a_stored_batch_with_log_probs_of_masks_is_of_one_likelihood_and_seed(ch
 
 
 class Moves(StepFeature):
-    """Changes the samples in before_scoring by the function that it is given."""
+    """Changes the samples by the function that it is given."""
 
     def __init__(self, change):
         self.change = change
 
-    def before_scoring(self, context, samples):
-        return self.change(samples, context.policy.pad_id)
+    def after_rollout(self, context, samples, step):
+        return self.change(samples, context.policy.pad_id), {}
 
 
 def reversed_rows(samples, pad_id):
@@ -386,8 +386,11 @@ def test_late_rollouts_that_a_feature_moves_keep_their_logprobs(tmp_path, likeli
     assert (samples.source, late.source, replace(late, rollout_logprobs=()).source) == ("late", "late", "fresh")
 
     def scored(change):
-        context.features = () if change is None else (Moves(change),)
-        made = score_samples(context, late, 0)
+        moved = late
+        if change is not None:
+            moved, _ = Moves(change).after_rollout(context, late, 0)
+            check_rows(recipe, Moves(change), late, moved)
+        made = score_samples(context, moved, 0)
         logps, completion = made.logps[0], made.samples.rollout.completion_mask
         at = logps.views.scored(completion)
         apart = (logps.old_logprobs - logps.rollout_logprobs)[at]
@@ -403,7 +406,7 @@ def test_late_rollouts_that_a_feature_moves_keep_their_logprobs(tmp_path, likeli
     ):
         torch.testing.assert_close(scored(change), expected)
     for change in (forgets, cuts_columns):
-        with pytest.raises(ValueError, match=r"^features: before_scoring of Moves left late rollouts of shape"):
+        with pytest.raises(ValueError, match=r"^features: after_rollout of Moves left late rollouts of shape"):
             scored(change)
     order = torch.arange(len(late.group))
     refuses(r"^Samples.reorder: late", lambda: late.reorder(order, (len(order) // 2,) * 2, late.rollout))
@@ -728,7 +731,7 @@ import sys
 from tiny_recipe import ONE_PUZZLE, tiny_recipe
 from dllm_rl import Lora
 from dllm_rl.distributed.sharding import sharding_of
-from dllm_rl.training.trainer import train
+from dllm_rl.training.trainer import check_rows, train
 changes = {"lora": Lora()} if sys.argv[2] == "lora" else {}
 recipe = tiny_recipe(sys.argv[1], rollout_workers=2, max_staleness=1, num_steps=4, save_steps=2, save_total_limit=9,
                      shard_size=0, report_to=None, log_completions_steps=0, **ONE_PUZZLE, **changes)
@@ -814,7 +817,7 @@ PROGRAM = """
 import sys, torch
 torch.set_num_threads(1)
 from test_late_rollouts import late_recipe
-from dllm_rl.training.trainer import train
+from dllm_rl.training.trainer import check_rows, train
 train(late_recipe(sys.argv[1], num_steps=12, train_batch_size=8, num_generations=8, late=2, save_steps=3,
                   resume_from_checkpoint="latest"))
 """
@@ -922,23 +925,12 @@ def test_the_parts_of_the_mismatch_have_the_signs_of_the_whole():
     assert found["mismatch_split/quantization_kl"] == -1 and found["mismatch_split/staleness_kl"] == -2
 
 
-class Shows(StepFeature):
-    """Changes views, and nothing of them."""
-
-    changes_views = True
-
-    def views_to_score(self, context, rollout, views, *, recorded):
-        return views
-
-
 def test_late_rollouts_have_logprobs_of_the_first_masks_alone_where_nothing_reads_the_later_ones(tmp_path):
-    """A feature that changes views lets fresh rollouts be scored in each set; of late ones, today's weights would."""
     changes = {"num_iterations": 2, "likelihood": Coupled(), "loss": Reinforce(), "corrector": NoCorrection()}
     recipe = late_recipe(tmp_path, late=1, **changes)
     accelerator, policy = make_accelerator(), build_policy(recipe, torch.device("cpu"))
     context = make_step(recipe, accelerator=accelerator, policy=policy, rollout_policy=policy)
-    context.features = (Shows(),)
     late = add_rollout_logprobs(context, collect(context, 0)[0], 0)
     assert len(late.rollout_logprobs) == 1
-    for samples, is_scored in ((late, [True, False]), (replace(late, rollout_logprobs=()), [True, True])):
-        assert [logps.is_scored for logps in score_samples(context, samples, 0).logps] == is_scored
+    for samples in (late, replace(late, rollout_logprobs=())):
+        assert [logps.is_scored for logps in score_samples(context, samples, 0).logps] == [True, False]

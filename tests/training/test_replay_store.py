@@ -23,8 +23,8 @@ from dllm_rl.step import update
 from dllm_rl.supervised import trainer
 from dllm_rl.supervised.examples import Example
 from dllm_rl.tasks import Reward, Sudoku
-from dllm_rl.training import replay_store
-from dllm_rl.training.replay_store import Answer, ReplayStore, examples_of
+from dllm_rl.training.parts import replay as replay_store
+from dllm_rl.training.parts.replay import Answer, ReplayStore, examples_of
 
 pytestmark = pytest.mark.usefixtures("no_rehearsal")
 
@@ -267,12 +267,12 @@ def test_a_state_is_read_back():
         Answer(Example(torch.tensor([8]), torch.tensor([True])), 9),
     ]
     again = store_of(0)
-    again.load_state(store.state())
+    again.load_state(None, store.state(None))
     assert [answer.step for answer in again.answers] == [3, 9]
     for mine, other in zip(store.answers, again.answers, strict=True):
         assert torch.equal(mine.example.tokens, other.example.tokens)
         assert torch.equal(mine.example.learned, other.example.learned)
-    assert store_of(0).state() is None
+    assert store_of(0).state(None) is None
 
 
 def test_without_a_policy_gradient_only_replay_trains(tmp_path, monkeypatch):

@@ -18,8 +18,8 @@ from dllm_rl import Replay, load_policy
 from dllm_rl.algorithms.advantages import Decoupled, GroupRelative, LeaveOneOut
 from dllm_rl.algorithms.correctors import MIS, NoCorrection, Reject, TokenWeights
 from dllm_rl.algorithms.losses import FixedLengthMean, SequenceMean, TokenMean
-from dllm_rl.diagnostics.batch_invariance import batch_invariant
 from dllm_rl.likelihoods.estimators import Trajectory
+from dllm_rl.models.forward.batch_invariance import batch_invariant
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.monitoring.plots import read_metrics

@@ -1,6 +1,7 @@
 """Which groups are scored, where the log-probs of both sides come from, and the arithmetic of forwards."""
 
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from torch.overrides import _get_current_function_mode_stack
 from dllm_rl.algorithms import correctors
 from dllm_rl.algorithms.correctors import TIS, NoCorrection, QaRL
 from dllm_rl.decoding.tokens import encode
-from dllm_rl.diagnostics.batch_invariance import BatchInvariantOps
 from dllm_rl.likelihoods.estimators import Coupled, Trajectory, recorded
+from dllm_rl.models.forward.batch_invariance import BatchInvariantOps
 from dllm_rl.rng import generator_for
+from dllm_rl.step import context as context_module
 from dllm_rl.step.samples import Samples
 from dllm_rl.step.score import (
     active_rows,
@@ -23,7 +25,7 @@ from dllm_rl.step.score import (
     metric_weights,
     rollout_logprob_source,
 )
-from dllm_rl.training.make_step import AlignedForward, make_step
+from dllm_rl.training.make_step import make_step
 
 pytestmark = pytest.mark.usefixtures("no_rehearsal")
 
@@ -92,13 +94,17 @@ def test_a_term_of_every_row_learns_from_groups_of_equal_rewards_too(tmp_path, c
         ({"corrector": QaRL()}, False, "recorded", False),  # without a copy there is nothing to align with
     ],
 )
-def test_where_log_probs_come_from(changes, copied, rollout, aligned, tmp_path):
+def test_where_log_probs_come_from(changes, copied, rollout, aligned, tmp_path, monkeypatch):
     recipe = tiny_recipe(tmp_path, **changes)
     policy = recipe.model()
     rollout_policy = recipe.model() if copied else policy
     assert rollout_logprob_source(recipe.likelihood, learner_samples=not copied) == rollout
     step = make_step(recipe, accelerator=Accelerator(cpu=True), policy=policy, rollout_policy=rollout_policy)
-    assert any(isinstance(feature, AlignedForward) for feature in step.features) == aligned
+    entered = []
+    monkeypatch.setattr(context_module, "aligned_forward", lambda *policies: nullcontext(entered.append(policies)))
+    for learner in (False, True):
+        with step.arithmetic(learner=learner):
+            assert entered == [(policy, rollout_policy)] * (aligned and learner)
 
 
 def test_weights_of_groups():

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from dllm_rl.diagnostics.batch_invariance import batch_invariant
 from dllm_rl.models.base import Policy
+from dllm_rl.models.forward.batch_invariance import batch_invariant
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers import Sampler
 from dllm_rl.samplers.unmask import check_number_of_steps

@@ -22,7 +22,6 @@ from dllm_rl import (
     Policy,
     Recipe,
     Reward,
-    StepFeature,
     Sudoku,
     Trajectory,
 )
@@ -105,21 +104,33 @@ GRIDS = {GRPO: (2.5e-4, 5e-4, 1e-3)}
 BEYOND = {("noisy", GRPO): (1.25e-4, 6.25e-5), ("countdown", GRPO): (2e-3, 4e-3, 8e-3)}
 
 
-class Budget(StepFeature, Callback):
+class Budget(Callback):
     """Counts the row-forwards of a run's steps, ends it when they reach the budget, and is its schedule."""
 
     def __init__(self, budget: float) -> None:
         self.budget, self.used, self.steps = budget, 0, 0
 
     @contextmanager
-    def around_forward(self, context: StepContext) -> Iterator[None]:
-        modules = {id(policy.module): policy.module for policy in (context.policy, context.rollout_policy)}
-        handles = [blocks_of(module)[0].register_forward_pre_hook(self.count) for module in modules.values()]
+    def counting(self) -> Iterator[None]:
+        """Count the forwards of steps inside of the block, and not those of evaluations."""
+        arithmetic = StepContext.arithmetic
+
+        @contextmanager
+        def counted(context: StepContext, **which: bool) -> Iterator[None]:
+            modules = {id(policy.module): policy.module for policy in (context.policy, context.rollout_policy)}
+            handles = [blocks_of(module)[0].register_forward_pre_hook(self.count) for module in modules.values()]
+            try:
+                with arithmetic(context, **which):
+                    yield
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+        StepContext.arithmetic = counted  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:
-            for handle in handles:
-                handle.remove()
+            StepContext.arithmetic = arithmetic  # type: ignore[method-assign]
 
     def count(self, block: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
         self.used += len(inputs[0]) * (1 + BACKWARD * torch.is_grad_enabled())
@@ -190,7 +201,8 @@ def train_phases(
             "output_dir": str(folder / str(phase)),
             "overwrite_output_dir": True,
         }
-        policy = train(base.replace(**(settings | dict(changes))), features=(clock,)).policy
+        with clock.counting():
+            policy = train(base.replace(**(settings | dict(changes)))).policy
         kept |= {f"used, {phase}": clock.used, f"steps, {phase}": clock.steps}
     return policy, kept
 

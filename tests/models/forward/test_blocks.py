@@ -14,8 +14,8 @@ from torch import nn
 from transformers import AlbertConfig, AlbertForMaskedLM, LlamaConfig
 
 from dllm_rl import load_policy, quantized_copy, train
-from dllm_rl.diagnostics.batch_invariance import BatchInvariantOps
 from dllm_rl.likelihoods import estimators as lik
+from dllm_rl.models.forward.batch_invariance import BatchInvariantOps
 from dllm_rl.models.forward.blocks import blocks_of, recomputed_blocks
 from dllm_rl.models.lora import adapted_layers, add_lora
 from dllm_rl.models.lora_settings import Lora

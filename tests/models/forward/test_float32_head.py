@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dllm_rl import load_policy, quantized_copy, train
-from dllm_rl.diagnostics.batch_invariance import batch_invariant
 from dllm_rl.models.forward import float32_head as head
+from dllm_rl.models.forward.batch_invariance import batch_invariant
 from dllm_rl.models.forward.float32_head import float32_linear
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.lora_settings import Lora

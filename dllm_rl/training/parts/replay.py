@@ -138,7 +138,7 @@ class ReplayStore(StepFeature):
     def after_update(self, context: StepContext) -> dict[str, float]:
         return self.last_metrics
 
-    def state(self) -> bytes | None:
+    def state(self, context: StepContext) -> bytes | None:
         tensors = {
             "lengths": torch.tensor([len(answer.example.tokens) for answer in self.answers]),
             "steps": torch.tensor([answer.step for answer in self.answers]),
@@ -147,7 +147,7 @@ class ReplayStore(StepFeature):
         }
         return serialize(tensors, {}) if self.answers else None
 
-    def load_state(self, state: bytes) -> None:
+    def load_state(self, context: StepContext, state: bytes) -> None:
         tensors, _ = deserialize(state)
         lengths = tensors["lengths"].tolist()
         pairs = zip(tensors["tokens"].long().split(lengths), tensors["learned"].split(lengths), strict=True)
