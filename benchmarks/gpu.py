@@ -309,8 +309,9 @@ def step(rehearse: bool, device: str, rollouts: str, folder: Path) -> list[Row]:
     few, job = replace(main_job.eval_task, size=2), recipe_of()
     scheme = schemes.Float8WeightOnly() if rehearse else schemes.Float8Dynamic()
     recipe = job.replace(
-        model=made, dtype="auto", output_dir=str(folder), overwrite_output_dir=True, num_steps=3, save_steps=3,
-        save_total_limit=1, eval_steps=0, rollout_quantization=scheme if rollouts == "FP8" else None,
+        model=made, dtype="auto", output_dir=str(folder), overwrite_output_dir=True, num_steps=3,
+        saves={"steps": 3, "total_limit": 1}, evaluation={"steps": 0},
+        rollout_quantization=scheme if rollouts == "FP8" else None,
         torch_compile=not rehearse, task=Varied(main_job.task, ahead=8 if rehearse else 239), validation_task=few,
         eval_task=few, sampler=job.sampler.replace(**given), eval_sampler=job.sampler.replace(**given), **small,
     )  # fmt: skip

@@ -57,13 +57,14 @@ COUNTDOWN = (
 )
 TASKS = {"sums": SUMS, "countdown": COUNTDOWN}
 ARMS = ("FP8", "bf16")
-ON_A_GPU: Row = {"train_batch_size": 64, "num_generations": 16, "num_steps": 60, "eval_steps": 15}
-REHEARSED: Row = {"train_batch_size": 2, "num_generations": 2, "num_steps": 2, "eval_steps": 1}
-FEW: Row = {"train_batch_size": 2, "num_steps": 2, "eval_steps": 1, "save_steps": 1}
+ON_A_GPU: Row = {"train_batch_size": 64, "num_generations": 16, "num_steps": 60, "evaluation": {"steps": 15}}
+REHEARSED: Row = {"train_batch_size": 2, "num_generations": 2, "num_steps": 2, "evaluation": {"steps": 1}}
+FEW: Row = {"train_batch_size": 2, "num_steps": 2, "evaluation": {"steps": 1}, "saves": {"steps": 1}}
 
 
 def supervised(task: str, folder: Path, rehearse: bool) -> SFT:
-    recipe = replace(TASKS[task][0], bf16=torch.cuda.is_available(), save_steps=60, **where(folder / f"{task}-sft"))
+    recipe = TASKS[task][0].replace(bf16=torch.cuda.is_available(), **where(folder / f"{task}-sft"))
+    recipe = recipe.replace(saves={"steps": 60})
     if rehearse:
         recipe = recipe.replace(dataset=recipe.dataset[:8], eval_dataset=recipe.eval_dataset[:4], **FEW)
     return recipe
@@ -72,17 +73,16 @@ def supervised(task: str, folder: Path, rehearse: bool) -> SFT:
 def rewarded(task: str, arm: str, model: str, folder: Path, rehearse: bool) -> Recipe:
     on_a_gpu = torch.cuda.is_available() and not rehearse
     fp8 = Float8Dynamic() if on_a_gpu else Float8WeightOnly()  # products in FP8 need one
-    recipe = replace(
-        TASKS[task][1],
+    recipe = TASKS[task][1].replace(
         model=model,
         bf16=torch.cuda.is_available(),  # on a CPU slower than fp32
         rollout_quantization=fp8 if arm == "FP8" else None,
         torch_compile=on_a_gpu,
-        eval_batch_size=400,
-        save_steps=1 if rehearse else 30,  # a stopped run saves its last step
         **(REHEARSED if rehearse else ON_A_GPU),
         **where(folder / f"{task}-{arm}"),
     )
+    # A stopped run saves its last step.
+    recipe = recipe.replace(evaluation={"batch_size": 400}, saves={"steps": 1 if rehearse else 30})
     if rehearse:
         few = {name: replace(getattr(recipe, name), size=4) for name in ("validation_task", "eval_task")}
         recipe = recipe.replace(task=Varied(recipe.task), **few)
@@ -93,7 +93,7 @@ def where(folder: Path) -> Row:
     return {
         "output_dir": str(folder),
         "resume_from_checkpoint": "latest",
-        "save_total_limit": 1,
+        "saves": {"total_limit": 1},
         "log": {"report_to": None},
     }
 

@@ -58,8 +58,8 @@ def measure(name: str, steps: int, folder: Path) -> None:
     few = {
         "num_steps": steps,
         "sft_warmup_steps": 0,
-        "eval_steps": 10**6,
-        "save_steps": 10**6,
+        "evaluation": {"steps": 10**6},
+        "saves": {"steps": 10**6},
     }
     trainer.train(
         recipe.replace(**few, log={"report_to": None, "completions_steps": 0}, output_dir=str(folder / "run"))

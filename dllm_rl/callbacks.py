@@ -68,7 +68,8 @@ class Callback:
         """
 
     def on_save(self, run: RunControl, folder: Path) -> None:
-        """Called after a checkpoint was written; with `async_save`, when the next one is due or the run ends."""
+        """Called after a checkpoint was written; with `saves.in_background`, when the next one is
+        due or the run ends."""
 
     def on_end(self, run: RunControl, summary: Mapping[str, Any]) -> None:
         """Called after the summary was written."""

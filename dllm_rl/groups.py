@@ -4,16 +4,39 @@ from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import Any
 
-from dllm_rl.records import Record, option
+from dllm_rl.records import Record, annotations_of, option, record_type
 
 # Flat names of the groups' fields, and their paths in a recipe. A recipe answers a flat name by the path.
 GROUPED = {
     "logging_steps": "log.steps",
     "report_to": "log.report_to",
     "log_completions_steps": "log.completions_steps",
+    "save_steps": "saves.steps",
+    "save_total_limit": "saves.total_limit",
+    "async_save": "saves.in_background",
+    "metric_for_best_model": "saves.best.metric",
+    "load_best_model_at_end": "saves.best.load_at_end",
+    "push_to_hub": "saves.push_to_hub",
+    "stop_seconds": "limits.stop_seconds",
+    "reward_timeout": "limits.reward_timeout",
+    "collective_timeout": "limits.collective_timeout",
+    "peer_timeout": "limits.peer_timeout",
+    "eval_steps": "evaluation.steps",
+    "eval_batch_size": "evaluation.batch_size",
 }
 # TRL's names that `grpo` and `sft` take for the fields of groups, whose paths are in GROUPED.
-TRL_FLAT = frozenset({"logging_steps", "report_to"})
+TRL_FLAT = frozenset(
+    [
+        "logging_steps",
+        "report_to",
+        "eval_steps",
+        "save_steps",
+        "save_total_limit",
+        "metric_for_best_model",
+        "load_best_model_at_end",
+        "push_to_hub",
+    ]
+)
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 
 
@@ -41,21 +64,84 @@ class Log(Record):
         return [name for name in names if name != "none"]
 
 
-def with_groups(
-    kind: type[Record], settings: Mapping[str, Any], before: Mapping[str, Any], names: Collection[str] = TRL_FLAT
-) -> dict[str, Any]:
-    """Return settings in which those with flat `names` are fields of their group's record.
+class Best(Record):
+    """The best checkpoint by a metric of the evaluations, which a run keeps: `saves.best`.
 
     Args:
-        kind: Class of the settings: `Recipe` or `SFT`.
-        settings: Settings by name.
-        before: Groups whose other fields the settings keep, such as a preset's. Another group has its default.
-        names: Flat names that are read. Default: TRL_FLAT.
-
-    Raises:
-        ValueError: A group cannot have these values; the message begins with TRL's names.
+        metric: Metric that selects it, e.g. solve_rate or loss: the highest, or the lowest if the name ends in loss.
+        load_at_end: Evaluate and return the best checkpoint instead of the last weights.
     """
-    grouped = {name: value for name, value in settings.items() if name not in names}
+
+    metric: str
+    load_at_end: bool = False
+
+    @property
+    def measured(self) -> str:
+        """`metric` as the evaluations name it: without `eval/` or transformers' `eval_`."""
+        return self.metric.removeprefix("eval/").removeprefix("eval_")
+
+
+class Saves(Record):
+    """Which checkpoints a run writes, keeps and uploads, the setting `saves`.
+
+    Args:
+        steps: Steps between checkpoints.
+        total_limit: Newest checkpoints to keep, beside the best one.
+        in_background: Write checkpoints while training continues, from a host copy of weights and optimizer state.
+        best: `Best`, which names the metric that selects the best checkpoint; None: none is selected.
+        push_to_hub: OWNER/NAME on the Hugging Face hub to upload the last checkpoint to; None: no upload.
+    """
+
+    steps: int = option(default=50, at_least=1)
+    total_limit: int = option(default=2, at_least=1)
+    in_background: bool = False
+    best: Best | None = None
+    push_to_hub: str | None = None
+
+
+class Limits(Record):
+    """How long a run waits, in seconds, the setting `limits`.
+
+    Args:
+        stop_seconds: Seconds after a stop signal in which the step may begin its updates; else the last update is
+            saved.
+        reward_timeout: Seconds of one call of the rewards, or of grading a completion; then exit with 124; None: no
+            limit.
+        collective_timeout: Seconds that a process waits in a collective before the run stops.
+        peer_timeout: Seconds without a sign of life after which a process counts as dead; None: never.
+    """
+
+    stop_seconds: float = option(default=20.0, at_least=0)
+    reward_timeout: float | None = option(default=600.0, above=0)
+    collective_timeout: float = option(default=1800.0, above=0)
+    peer_timeout: float | None = option(default=40.0, above=0)
+
+
+class Evaluation(Record):
+    """When a run evaluates, the setting `evaluation`.
+
+    Args:
+        steps: Steps between evaluations; 0: none; None: evaluations take at most 2 % of the forwards.
+        batch_size: Problems (SFT: rows) per evaluation batch, in each process; None: 256 (SFT: 32).
+    """
+
+    steps: int | None = option(default=None, at_least=0)
+    batch_size: int | None = option(default=None, at_least=1)
+
+
+def type_of(kind: type[Record], name: str) -> Any:
+    """Return the type of the setting of `Recipe` or `SFT` with this flat name."""
+    annotation: Any = kind
+    for step in kind.GROUPED[name].split("."):
+        annotation = annotations_of(record_type(annotation))[step]
+    return annotation
+
+
+def nested(kind: type[Record], settings: Mapping[str, Any], names: Collection[str] = TRL_FLAT) -> dict[str, Any]:
+    """Return settings of `Recipe` or `SFT` in which those with flat `names` (default: TRL's) are in a dictionary of
+    their group's fields, or in the group's record if it is given too.
+    """
+    found = {name: value for name, value in settings.items() if name not in names}
     changes: dict[str, Any] = {}
     for name in [name for name in settings if name in names]:
         group, *path = kind.GROUPED[name].split(".")
@@ -63,11 +149,30 @@ def with_groups(
         for step in path[:-1]:
             part = part.setdefault(step, {})
         part[path[-1]] = settings[name]
-    defaults: dict[str, Any] = {setting.name: setting.default for setting in fields(kind)}
     for group, values in changes.items():
-        try:
-            grouped[group] = (grouped.get(group) or before.get(group) or defaults[group]).replace(**values)
-        except ValueError as error:
-            given = [name for name in settings if name in names and kind.GROUPED[name].startswith(f"{group}.")]
-            raise ValueError(f"{', '.join(given)}: {error}") from None
-    return grouped
+        given = found.get(group)
+        found[group] = given.replace(**values) if isinstance(given, Record) else {**(given or {}), **values}
+    return found
+
+
+def with_groups(kind: type[Record], settings: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings in which a dictionary of a group's fields is the group's record.
+
+    Args:
+        kind: Class of the settings: `Recipe` or `SFT`.
+        settings: Settings by name.
+        before: Groups whose other fields are kept. Another group has its default.
+
+    Raises:
+        ValueError: A group cannot have these values; the message begins with its name.
+    """
+    groups = {path.partition(".")[0] for path in kind.GROUPED.values()}
+    defaults: dict[str, Any] = {setting.name: setting.default for setting in fields(kind)}  # type: ignore[arg-type]
+    made = dict(settings)
+    for name in groups & settings.keys():
+        if isinstance(made[name], dict):
+            try:
+                made[name] = before.get(name, defaults[name]).replace(**made[name])
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+    return made

@@ -12,6 +12,7 @@ from dllm_rl.algorithms.advantages import GroupRelative
 from dllm_rl.algorithms.correctors import NoCorrection
 from dllm_rl.algorithms.losses import K3, PPOClip
 from dllm_rl.algorithms.optimizers import ConstantRate
+from dllm_rl.groups import Evaluation
 from dllm_rl.likelihoods.estimators import OneStep
 from dllm_rl.models.lora_settings import Lora
 from dllm_rl.recipe import Recipe
@@ -42,7 +43,7 @@ _LARGE_SETTINGS: dict[str, Any] = {
     "train_batch_size": 8,
     "num_generations": 6,
     "micro_batch_size": 6,
-    "eval_batch_size": 32,
+    "evaluation": Evaluation(batch_size=32),
 }
 PRESETS: dict[str, Preset] = {
     "large": Preset(_LARGE_SETTINGS, {"block_size": 32}),  # LLaDA, Dream and others with full attention

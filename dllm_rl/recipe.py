@@ -1,7 +1,7 @@
 """All settings of an experiment, in one flat frozen record, `Recipe`. Write a variant as `replace(base, ...)`."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from dllm_rl.algorithms.losses import takes_drawn_steps
 from dllm_rl.algorithms.replay import Replay
@@ -23,7 +23,11 @@ REFERENCE = "reference"  # value of `teacher`: the policy that RL started from
 class Recipe(StepSettings):
     """The settings of reinforcement learning."""
 
-    validation_task: Task = option(help="problems to evaluate every eval_steps, and to decide when the warm-up ends")
+    EVALUATION_BATCH: ClassVar[int] = 256
+
+    validation_task: Task = option(
+        help="problems of the evaluations between steps, and that decide when the warm-up ends"
+    )
     eval_task: Task = option(help="held-out problems, evaluated only before and after RL")
 
     eval_sampler: Sampler = option(help="sampler of evaluations, usually greedy")
@@ -71,14 +75,6 @@ class Recipe(StepSettings):
         default=5, help="warm-up steps between evaluations of sft_warmup_metric", at_least=1
     )
 
-    eval_batch_size: int = option(default=256, help="problems per evaluation batch, in each process", at_least=1)
-    push_to_hub: str | None = option(
-        default=None, help="OWNER/NAME on the Hugging Face hub to upload the last checkpoint to; None: no upload"
-    )
-    async_save: bool = option(
-        default=False,
-        help="write checkpoints while training continues, from a host copy of weights and optimizer state",
-    )
     dry_run: Literal[False, True, "A100", "H100", "H200"] = option(
         default=False,
         help="print the settings and the estimated memory and time without loading weights, and exit; with the name of "
@@ -104,8 +100,8 @@ class Recipe(StepSettings):
             *super().conflicts(),
             is_loaded_module("teacher", self.teacher),
             (
-                self.load_best_model_at_end and self.shard_size != 1,
-                f"load_best_model_at_end=True loads full weights, and shard_size={self.shard_size} shards them: set it "
+                self.loads_best and self.shard_size != 1,
+                f"saves.best.load_at_end=True loads full weights, and shard_size={self.shard_size} shards them: set it "
                 "to False, and take the folder that summary.json names as best_checkpoint",
             ),
             (
@@ -179,7 +175,7 @@ class Recipe(StepSettings):
         no_copy = f"cannot be combined with {base}, whose weights have no copy on the host; use"
         return [
             *super().low_bit_conflicts(base),
-            (self.async_save, f"async_save=True {no_copy} async_save=False"),
+            (self.saves.in_background, f"saves.in_background=True {no_copy} saves.in_background=False"),
             (bool(self.rollout_workers), f"rollout_workers={self.rollout_workers} {no_copy} rollout_workers=0"),
             (
                 self.sft_warmup_steps > 0,

@@ -182,7 +182,7 @@ class Record:
             base = record_type(annotations[name])
             if base is not None and isinstance(changes[name], dict) and "class_path" not in changes[name]:
                 before = getattr(self, name)
-                changes[name] = base(**changes[name]) if before is None else before.replace(**changes[name])
+                changes[name] = make_record(base, changes[name]) if before is None else before.replace(**changes[name])
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
 
     @classmethod

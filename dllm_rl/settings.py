@@ -9,7 +9,7 @@ from torch.nn import Module
 
 from dllm_rl.algorithms.optimizers import AdamW, LinearDecay, LRSchedule, Optimizer
 from dllm_rl.callbacks import StopBelow, check_callbacks
-from dllm_rl.groups import GROUPED, Log
+from dllm_rl.groups import GROUPED, Evaluation, Limits, Log, Saves
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora_settings import Lora
 from dllm_rl.records import Record, annotations_of, describe, fields_of_group, option, to_json
@@ -25,11 +25,6 @@ def documented(record: type) -> str:
     return "\n".join(lines)
 
 
-def best_metric(metric: str | None) -> str | None:
-    """Return the name of `metric_for_best_model` in the evaluations: without `eval/` or transformers' `eval_`."""
-    return metric and metric.removeprefix("eval/").removeprefix("eval_")
-
-
 def is_loaded_module(name: str, model: Any) -> tuple[bool, str]:
     """Return the conflict of a setting that must be a policy and may be a module that somebody loaded."""
     is_module = isinstance(model, Module) and not isinstance(model, Policy)
@@ -40,6 +35,7 @@ class Settings(Record):
     """The settings that RL and SFT share. Their names are those of TRL or verl where the meaning is the same."""
 
     GROUPED: ClassVar[Mapping[str, str]] = GROUPED
+    EVALUATION_BATCH: ClassVar[int] = 32  # default of evaluation.batch_size
 
     name: str = option(help="name of the run; its default folder is runs/NAME-seedSEED")
     model: Callable[..., Policy] | str | Policy = option(
@@ -74,29 +70,10 @@ class Settings(Record):
     )
     bf16: bool = option(default=False, help="autocast forwards to bf16; the weights keep `dtype`")
 
-    eval_steps: int | None = option(
-        default=None,
-        help="steps between evaluations; 0: none; None: evaluations take at most 2 % of the forwards",
-        at_least=0,
-    )
-    eval_batch_size: int = option(default=32, help="problems (SFT: rows) per evaluation batch", at_least=1)
+    evaluation: Evaluation = option(default=Evaluation(), help="when evaluations of held-out problems or rows run")
     log: Log = option(default=Log(), help="what a run prints, and its trackers")
-    save_steps: int = option(default=50, help="steps between checkpoints", at_least=1)
-    save_total_limit: int = option(default=2, help="newest checkpoints to keep, beside the best one", at_least=1)
-    metric_for_best_model: str | None = option(
-        default=None,
-        help="metric of the evaluations that selects the best checkpoint, the highest, or the lowest if the name ends "
-        "in loss",
-    )
-    load_best_model_at_end: bool = option(
-        default=False, help="evaluate and return the best checkpoint instead of the last weights"
-    )
+    saves: Saves = option(default=Saves(), help="which checkpoints a run writes and keeps")
     callbacks: Any = option(default=(), help="dllm_rl.Callback objects")
-    stop_seconds: float = option(
-        default=20.0,
-        help="seconds after a stop signal in which the step may begin its updates; else the last update is saved",
-        at_least=0,
-    )
     output_dir: str | None = option(
         default=None, help="folder of the run; None: runs/NAME-seedSEED, or with -2, -3 ... if it is used"
     )
@@ -106,12 +83,7 @@ class Settings(Record):
     allow_changed: str | None = option(
         default=None, help="fields that a resume may change, separated by commas, e.g. learning_rate,corrector"
     )
-    collective_timeout: float = option(
-        default=1800.0, help="seconds that a process waits in a collective before the run stops", above=0
-    )
-    peer_timeout: float | None = option(
-        default=40.0, help="seconds without a sign of life after which a process counts as dead; None: never", above=0
-    )
+    limits: Limits = option(default=Limits(), help="how long a run waits for rewards, processes and its last step")
     overwrite_output_dir: bool = option(default=False, help="delete a run that is already in output_dir")
 
     @property
@@ -120,8 +92,18 @@ class Settings(Record):
 
     @property
     def best_metric(self) -> str | None:
-        """`metric_for_best_model` as the evaluations name it, without `eval/` or transformers' `eval_`."""
-        return best_metric(self.metric_for_best_model)
+        """The metric that selects the best checkpoint, as the evaluations name it; None: none is selected."""
+        return None if self.saves.best is None else self.saves.best.measured
+
+    @property
+    def evaluation_batch_size(self) -> int:
+        """The `evaluation.batch_size` in effect."""
+        return self.evaluation.batch_size or self.EVALUATION_BATCH
+
+    @property
+    def loads_best(self) -> bool:
+        """Whether the run ends with the best checkpoint instead of the last weights."""
+        return self.saves.best is not None and self.saves.best.load_at_end
 
     @property
     def saves_only_adapters(self) -> bool:
@@ -132,8 +114,8 @@ class Settings(Record):
     def evaluated_metrics(self) -> dict[str, str]:
         """Metrics of the evaluations that the recipe needs, by the setting that names them in messages."""
         names = {}
-        if self.best_metric is not None:
-            names[f"metric_for_best_model={self.metric_for_best_model!r}"] = self.best_metric
+        if self.saves.best is not None:
+            names[f"saves.best.metric={self.saves.best.metric!r}"] = self.saves.best.measured
         for callback in self.callbacks:
             if isinstance(callback, StopBelow) and callback.metric.startswith("eval/"):
                 setting = f"callbacks: {type(callback).__name__}({callback.metric!r})"
@@ -141,7 +123,7 @@ class Settings(Record):
         return names
 
     def is_better(self, value: float, best: float | None) -> bool:
-        """Return whether a value of `metric_for_best_model` is better than the best so far (None before the first)."""
+        """Return whether a value of the `best_metric` is better than the best so far (None before the first)."""
         is_loss = str(self.best_metric).endswith("loss")
         return math.isfinite(value) and (best is None or (value < best if is_loss else value > best))
 
@@ -175,13 +157,9 @@ class Settings(Record):
                 f"base_quantization={self.base_quantization!r} freezes the base model: set lora, or leave it out",
             ),
             (
-                self.eval_steps == 0 and bool(self.evaluated_metrics),
-                f"{', '.join(self.evaluated_metrics)} is measured every eval_steps, and eval_steps=0 never measures: "
-                "set eval_steps",
-            ),
-            (
-                self.load_best_model_at_end and self.metric_for_best_model is None,
-                "load_best_model_at_end=True needs metric_for_best_model: set it, for example to solve_rate or loss",
+                self.evaluation.steps == 0 and bool(self.evaluated_metrics),
+                f"{', '.join(self.evaluated_metrics)} is measured every evaluation.steps, and evaluation.steps=0 never "
+                "measures: set evaluation.steps",
             ),
         ]
 

@@ -7,7 +7,6 @@ reward knows that the boxes count, too. A model that knows the labels' exact pro
 puzzles, one cell a step (`recipes.latin_limit`, the dashed line of the picture).
 """
 
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -41,8 +40,7 @@ def any_latin(generator: Generator) -> tuple[list[str], list[str]]:
     return ["0" * 16] * 64, [LATIN[i] for i in picked]
 
 
-recipe = replace(
-    few_clues,
+recipe = few_clues.replace(
     name="latin-sudoku",
     model=partial(taught_latin, steps=400),
     sampler=write.replace(diffusion_steps=4),
@@ -54,7 +52,7 @@ recipe = replace(
     train_batch_size=16,
     max_retained_graphs=16,
     num_steps=60,
-    eval_steps=10,
+    evaluation={"steps": 10},
 )
 
 

@@ -21,8 +21,7 @@ from dllm_rl.config import from_command_line
 from dllm_rl.files import write_json
 from recipes.sudoku_unique import recipe as sudoku
 
-recipe = replace(
-    sudoku,
+recipe = sudoku.replace(
     name="quantized-sudoku",
     sampler=sudoku.sampler.replace(diffusion_steps=4, rank=RandomOrder()),
     eval_sampler=sudoku.eval_sampler.replace(diffusion_steps=4),  # greedy, the most confident cells first
@@ -30,7 +29,7 @@ recipe = replace(
     corrector=TIS(),
     learning_rate=1e-3,
     num_steps=60,
-    eval_steps=10,
+    evaluation={"steps": 10},
 )
 
 

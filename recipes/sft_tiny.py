@@ -7,6 +7,7 @@ python recipes/sudoku_unique.py --model runs/sft-tiny-seed0/checkpoints/step-000
 from functools import partial
 
 from dllm_rl import SFT, main
+from dllm_rl.groups import Evaluation
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.tasks import Sudoku
 from recipes.solved import solved
@@ -21,7 +22,7 @@ recipe = SFT(
     train_batch_size=64,
     learning_rate=2e-3,
     num_steps=150,
-    eval_steps=50,
+    evaluation=Evaluation(steps=50),
 )
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from functools import cache
 from zlib import crc32
 
 from dllm_rl import TIS, Autoregress, Float8WeightOnly, Lora, Policy, Problem, Recipe, Reward, load_policy, main
-from dllm_rl.groups import Log
+from dllm_rl.groups import Evaluation, Log
 from dllm_rl.likelihoods.estimators import Causal
 from recipes import weights
 
@@ -74,7 +74,7 @@ recipe = Recipe(
     learning_rate=5e-4,
     train_batch_size=4,
     num_steps=30,
-    eval_batch_size=100,
+    evaluation=Evaluation(batch_size=100),
     log=Log(steps=5, completions_steps=20),
 )
 

@@ -10,7 +10,7 @@ the rest. Weights: recipes/weights.py (Apache-2.0). Results: recipes/results.md.
 from dataclasses import replace
 
 from dllm_rl import SFT, Lora, Policy, main
-from dllm_rl.groups import Log
+from dllm_rl.groups import Evaluation, Log, Saves
 from dllm_rl.models.policy import diffusion_from_causal
 from dllm_rl.tasks import Problem
 from recipes import weights
@@ -42,8 +42,8 @@ recipe = SFT(
     train_batch_size=32,
     learning_rate=1e-3,
     num_steps=120,
-    eval_steps=30,
-    save_steps=120,
+    evaluation=Evaluation(steps=30),
+    saves=Saves(steps=120),
     log=Log(steps=10),
 )
 

@@ -16,6 +16,7 @@ import torch
 from torch import Generator
 
 from dllm_rl import Float8WeightOnly, MaxProb, Policy, Recipe, Trajectory, Unmask, main
+from dllm_rl.groups import Evaluation
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.monitoring.plots import plot
 from dllm_rl.rng import generator_for
@@ -85,7 +86,7 @@ recipe = Recipe(
     train_batch_size=64,
     max_retained_graphs=2,
     num_steps=100,
-    eval_steps=20,
+    evaluation=Evaluation(steps=20),
 )
 
 

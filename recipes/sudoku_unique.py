@@ -27,6 +27,7 @@ from functools import partial
 from typing import Any
 
 from dllm_rl import Autoregress, Causal, Float8WeightOnly, MaxProb, Recipe, Trajectory, Unmask, main
+from dllm_rl.groups import Evaluation
 from dllm_rl.models.tiny import tiny_diffusion_gemma, tiny_llama, tiny_masked_lm, tiny_moe
 from dllm_rl.samplers import Renoise
 from dllm_rl.tasks import Sudoku
@@ -82,7 +83,7 @@ def recipe_of(layout: str = "masked") -> Recipe:
         sft_warmup_steps=200,
         sft_warmup_target=0.2,
         num_steps=360,
-        eval_steps=60,
+        evaluation=Evaluation(steps=60),
     )
     if layout == "masked":
         return recipe

@@ -168,8 +168,8 @@ def test_a_script_of_ones_own_reads_the_options_of_its_launches(tmp_path, monkey
     )
     made = mine(tmp_path, monkeypatch)
     recipe, task = made["recipe"], made["recipe"].task
-    given = from_command_line(recipe, ["--save_steps", "10", "--resume_from_checkpoint", "latest"])  # slurm.sh's
-    assert (given.save_steps, given.resume_from_checkpoint, given.directory) == (10, "latest", "runs/mine-seed0")
+    given = from_command_line(recipe, ["--saves.steps", "10", "--resume_from_checkpoint", "latest"])  # slurm.sh's
+    assert (given.saves.steps, given.resume_from_checkpoint, given.directory) == (10, "latest", "runs/mine-seed0")
     assert recipe.train_batch_size % 8 == 0 and cautions(recipe) == [] and len(task) == 360
     assert made["rows"].column_names == ["prompt", "answer"]
     assert [task.reward(task[3], text).value for text in ("It is 3", "33", "")] == [1.0, 0.0, 0.0]

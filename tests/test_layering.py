@@ -60,7 +60,7 @@ MAY_IMPORT = {
     # floor 6
     "recipe": "records tasks algorithms models settings quantization likelihoods samplers step",
     # floor 7
-    "presets": "screen records algorithms models likelihoods samplers recipe",
+    "presets": "screen records algorithms models likelihoods samplers recipe groups",
     "training": "device files identity manifest rng screen records versions types tasks algorithms callbacks "
     "distributed models decoding quantization likelihoods samplers monitoring checkpoints recipe "
     "diagnostics evaluation step supervised groups",

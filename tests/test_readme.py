@@ -95,7 +95,7 @@ def test_the_exit_statuses_of_a_run_are_those_of_the_code():
     named = [getattr(signal, name) for name in re.findall(r"SIG[A-Z0-9]+", rows.pop(codes))]
     assert [int(code) for code in codes.split(", ")] == [128 + number for number in named]
     assert set(named) == set(SIGNALS) and set(map(int, rows)) == {0, 1, 2, peers.EXIT_STATUS, TIMEOUT_STATUS}
-    assert "--reward_timeout" in rows[str(TIMEOUT_STATUS)]
+    assert "--limits.reward_timeout" in rows[str(TIMEOUT_STATUS)]
 
 
 @pytest.mark.slow

@@ -163,7 +163,7 @@ def _check_disk_space(folder: Path, checkpoint: Checkpoint, reserve: int) -> Ite
     def fault(why: str, number: int | None = None) -> OSError:
         free = shutil.disk_usage(folder.parent).free
         if needed > free:
-            remedy = f"{(needed - free) / 1e6:.1f} MB are missing. Make room, or lower save_total_limit"
+            remedy = f"{(needed - free) / 1e6:.1f} MB are missing. Make room, or lower saves.total_limit"
         else:
             remedy = "which is enough. Look for a quota or a limit on file sizes (ulimit -f), or correct what failed"
         return OSError(

@@ -16,13 +16,9 @@ MEMORY_SETTINGS = ("micro_batch_size", "rollout_batch_size", "gradient_checkpoin
 # Fields that a resume may change without `allow_changed`: they do not change what is computed, or only extend it.
 MAY_CHANGE = {
     *("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "dry_run"),
-    *("eval_steps", "eval_batch_size", "num_mismatch_groups"),
-    *("save_steps", "save_total_limit", "async_save"),
-    *("log", "push_to_hub"),
-    *("stop_seconds", "reward_timeout", "collective_timeout", "peer_timeout"),
+    *("evaluation", "saves", "log", "limits", "num_mismatch_groups"),
     *("num_steps", "lr_schedule_steps", "max_prompt_length", "shard_size"),
     *("rollout_workers", "callbacks", "allow_changed"),
-    *("metric_for_best_model", "load_best_model_at_end"),
     *MEMORY_SETTINGS,
 }
 

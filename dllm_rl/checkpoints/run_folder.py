@@ -13,7 +13,8 @@ from dllm_rl.checkpoints.resume import check_names, check_recipe, default_settin
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.stop import LOCK, as_written
 from dllm_rl.files import flush, lock, recover, remove
-from dllm_rl.settings import Settings, best_metric
+from dllm_rl.records import from_json
+from dllm_rl.settings import Settings
 
 Train = TypeVar("Train", bound=Callable[..., Any])
 
@@ -158,8 +159,9 @@ def why_forget_best(recipe: Settings, state: TrainingState, folder: Path) -> str
     if state.best_step is None:
         return None
     before = default_settings(type(recipe)) | state.recipe
-    if recipe.best_metric != best_metric(before["metric_for_best_model"]):
-        return "metric_for_best_model has changed"
+    best_before = from_json(type(recipe.saves), before["saves"], "saves").best
+    if best_before is None or recipe.best_metric != best_before.measured:
+        return "saves.best.metric has changed"
     for name in ("validation_task", "eval_sampler", "eval_dataset", "eval_split"):
         if name in before and recipe.settings()[name] != before[name]:
             return f"{name} has changed"

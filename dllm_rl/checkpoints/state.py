@@ -25,7 +25,7 @@ class TrainingState:
     eval_before: dict[str, float] = field(default_factory=dict)
     warmup_steps: int = 0
     changes: list | None = None  # settings that resumes have changed: records of step, field, before and after
-    best_step: int | None = None  # step of the best checkpoint by metric_for_best_model
+    best_step: int | None = None  # step of the best checkpoint by saves.best
     best_value: float | None = None
     # Metrics of the last step, if the run ended between its update and its line in the log: a resume first evaluates
     # that step, calls the callbacks and logs it. None: the last step is logged.

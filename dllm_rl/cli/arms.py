@@ -65,7 +65,7 @@ def train_arms(arms: Mapping[str, Recipe], *, output_dir: str | None = None) -> 
     forkserver.ensure_running()  # it imports during the warm-up
     model = {}
     if first.sft_warmup_steps:
-        warm = train(replace(first, num_steps=0, eval_steps=0, output_dir=str(folder)))
+        warm = train(first.replace(num_steps=0, evaluation={"steps": 0}, output_dir=str(folder)))
         model = {"model": warm["checkpoint"], "sft_warmup_steps": 0}
     placed = {
         name: replace(arm, **model, name=f"{first.name}-{name}", output_dir=str(folder / name))

@@ -173,7 +173,7 @@ class Peers:
             connection = PeerConnection(socket.create_connection((host, port), timeout=self._seconds))
         except OSError as error:
             why = f"process {self._index} cannot reach the main process at {host}:{port}: {error.strerror}"
-            text = f"{why}; open the machines' ports to one another, or use --peer_timeout none"
+            text = f"{why}; open the machines' ports to one another, or use --limits.peer_timeout none"
             raise OSError(error.errno, text) from None
         connection.socket.settimeout(2 * self._seconds)  # in half of it the main process says who has not joined
         connection.send(token=token, process=self._index, name=self._name)

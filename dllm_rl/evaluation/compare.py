@@ -29,7 +29,6 @@ PER_STEP = {MISMATCH: "mismatch, nats a token", ESS: "effective sample size", "s
 VISIBLE_MISMATCH = 1e-3  # nats a token; a picture of runs below it needs no panels of mismatch and ESS
 # Settings in which the seeds of one arm may differ. The others of MAY_CHANGE change what is trained, or what is kept.
 OF_ONE_RUN = MAY_CHANGE - {"num_steps", "lr_schedule_steps", "max_prompt_length", "callbacks", "num_mismatch_groups"}
-OF_ONE_RUN -= {"metric_for_best_model", "load_best_model_at_end"}
 OF_ONE_RUN |= {"seed", "name"}
 MAX_SETTINGS = 8  # that differ between arms and are shown
 STYLES = (  # of the arms in the picture
@@ -230,7 +229,8 @@ def tails(folders: Sequence[Path]) -> list[str]:
 
 def settings_of(run: StoredRun) -> dict[str, Any]:
     """Return a run's settings by name, those of records as sampler.temperature, without those of OF_ONE_RUN."""
-    return dict(_flat({name: value for name, value in run.recipe.items() if name not in OF_ONE_RUN}))
+    found = {name: value for name, value in _flat(run.recipe) if name.partition(".")[0] not in OF_ONE_RUN}
+    return found | {name: value for name, value in _flat(run.recipe) if name.startswith("saves.best")}
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -256,7 +256,8 @@ def task_of_all(runs: Sequence[StoredRun]) -> str:
             f"{run.folder} has not ended, and the others have no evaluation of its validation_task; wait for its end"
         )
     raise ValueError(
-        f"{run.folder} has no held-out evaluation after a training step; wait for one, or set a smaller eval_steps"
+        f"{run.folder} has no held-out evaluation after a training step; wait for one, or set a smaller "
+        "evaluation.steps"
     )
 
 

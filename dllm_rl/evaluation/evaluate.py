@@ -39,9 +39,9 @@ def evaluate(  # noqa: PLR0913
 ) -> Evaluation:
     """Complete the problems of a task and grade the completions.
 
-    Call it to measure a policy outside a run; a run evaluates its policy every `eval_steps` steps. The random numbers
-    of a completion depend only on the seed, the problem and the index of the sample, so that raising `samples` adds
-    completions and leaves the others as they are.
+    Call it to measure a policy outside a run; a run evaluates its policy every `evaluation.steps` steps. The random
+    numbers of a completion depend only on the seed, the problem and the index of the sample, so that raising `samples`
+    adds completions and leaves the others as they are.
 
     Args:
         policy: Policy to evaluate.

@@ -11,6 +11,7 @@ from torch import nn
 from dllm_rl.algorithms.losses import FixedLengthMean
 from dllm_rl.callbacks import Callback
 from dllm_rl.frontend.trl_names import DR_GRPO, with_trl_names
+from dllm_rl.groups import with_groups
 from dllm_rl.likelihoods.estimators import Causal, LikelihoodEstimator, Trajectory
 from dllm_rl.models.base import FamilySpec, Policy, Tokenizer
 from dllm_rl.models.checkpoint.families import find_family
@@ -114,8 +115,11 @@ def with_paid_rewards(reward_funcs: Any, settings: dict[str, Any]) -> Any:
         raise ValueError(f"reward_funcs: a run takes one {type(paid[0]).__name__}; wrap one function")
     given_callbacks = settings.get("callbacks", ())
     settings["callbacks"] = [*given_callbacks, *(each for each in paid if each not in given_callbacks)]
-    settings.setdefault("reward_timeout", None)  # it would limit all calls of a step together
-    settings.setdefault("save_steps", 1)  # a repeated step may sample other texts, which are paid for again
+    # The timeout would limit all calls of a step together; a repeated step may sample other texts, paid for again.
+    for group, name, value in (("limits", "reward_timeout", None), ("saves", "steps", 1)):
+        given = settings.get(group, {})
+        if isinstance(given, dict):
+            settings[group] = {name: value, **given}
     return [each.without_calls() if each in paid else each for each in functions]
 
 
@@ -272,7 +276,7 @@ def grpo_recipe(  # noqa: PLR0913
         "eval_sampler": settings.get("eval_sampler") or greedy(sampler if is_of_engine else used_sampler),
         "likelihood": default_likelihood(spec, block_size, used_sampler, blanks),
     }
-    return Recipe(**fields | settings)
+    return Recipe(**fields | with_groups(Recipe, settings, {}))
 
 
 def greedy(sampler: Sampler) -> Sampler:
@@ -303,6 +307,7 @@ def apply_preset(
         keywords["diffusion_steps"] = max(-(-length // TOKENS_PER_STEP), num_blocks)
     if "sampler" in settings:  # the caller's sampler replaces the preset's sampler
         keywords = {}
+    settings = with_groups(Recipe, settings, fields)
     fields = {field: value for field, value in fields.items() if field not in settings}
     keywords = {keyword: value for keyword, value in keywords.items() if keyword not in options}
     print_preset(preset, fields | keywords)

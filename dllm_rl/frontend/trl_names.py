@@ -9,7 +9,7 @@ from dllm_rl.algorithms import optimizers
 from dllm_rl.algorithms.advantages import GroupRelative
 from dllm_rl.algorithms.losses import GSPO, FixedLengthMean, PPOClip, SequenceMean, TokenMean
 from dllm_rl.distributed.collectives import num_launched
-from dllm_rl.groups import TRL_FLAT, with_groups
+from dllm_rl.groups import TRL_FLAT, nested, type_of
 from dllm_rl.presets import PRESETS, find_preset
 from dllm_rl.recipe import Recipe
 from dllm_rl.records import annotations_of, check_scalar, describe, fit, union_members, with_nearest
@@ -68,13 +68,13 @@ NEAREST = {
     "base_quantization": "quantization_config",
     "beta": "sync_ref_model ref_model_sync_steps kl_loss_coef use_kl_loss",
     "beta, the coefficient of a KL term in the loss": "use_kl_in_reward kl_ctrl",
-    "collective_timeout": "ddp_timeout",
+    "limits=Limits(collective_timeout=...)": "ddp_timeout",
     "corrector": "vllm_importance_sampling_mode vllm_importance_sampling_correction vllm_importance_sampling_cap "
     "vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min rollout_correction rollout_is rollout_rs "
     "tis_imp_ratio_cap",
     "dry_run": "auto_find_batch_size",
     "dtype": "fp16 model_init_kwargs",
-    "eval_batch_size": "per_device_eval_batch_size",
+    "evaluation=Evaluation(batch_size=...)": "per_device_eval_batch_size",
     "eval_dataset": "val_files",
     "eval_steps": "eval_strategy test_freq",
     "gradient_checkpointing": "enable_gradient_checkpointing",
@@ -138,6 +138,7 @@ OFF: dict[str, object] = {
     "fp16": False,
     "fsdp": None,
     "generation_kwargs": None,
+    "load_best_model_at_end": False,
     "min_p": None,
     "neftune_noise_alpha": None,
     "repetition_penalty": 1.0,
@@ -193,7 +194,7 @@ def translate_trl_names(function: Callable[..., Recipe], keywords: dict[str, Any
     # The function's types take precedence: its `model` accepts one more type than Recipe's.
     types = annotations_of(Recipe) | types
     known_names = (types.keys() | TRL_FLAT) - {"settings"}
-    types |= dict.fromkeys(BATCH_SIZES, int)
+    types |= dict.fromkeys(BATCH_SIZES, int) | {name: type_of(Recipe, name) for name in TRL_FLAT - {"report_to"}}
     targets = TRL_NAMES | {name: target for name, (target, _) in STRING_VALUES.items()}
     unused = unused_defaults(keywords)
     keywords = {name: value for name, value in keywords.items() if name not in unused or value != unused[name]}
@@ -213,7 +214,7 @@ def translate_trl_names(function: Callable[..., Recipe], keywords: dict[str, Any
         translated[target] = STRING_VALUES[name][1][value] if name in STRING_VALUES else value
     if isinstance(translated.get("report_to"), list):
         translated["report_to"] = ",".join(translated["report_to"]) or "none"
-    translated = with_groups(Recipe, translated, preset_fields(keywords))
+    translated = nested(Recipe, translated)
     fields: dict[str, dict[str, Any]] = {}
     for target in [target for target in translated if "." in target]:
         name, _, field = target.partition(".")

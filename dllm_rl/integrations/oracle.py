@@ -58,7 +58,8 @@ class Oracle(Callback):
     a call), oracle/best, and oracle/top (mean of the best). A completion without a reward of the oracle, as after a
     failed measurement or beyond the budget, is skipped whatever other reward functions return. `grpo` sets no
     `reward_timeout`, which would limit all calls of a step together, and saves each step, since a repeated one may
-    sample other texts: in a recipe of your own, set reward_timeout=None and save_steps=1.
+    sample other texts: in a recipe of your own, set limits=Limits(reward_timeout=None) and
+    saves=Saves(steps=1).
 
     Repeated texts cost no call, but they teach little. `novelty` is a second reward function, against them:
 

@@ -268,7 +268,7 @@ def ray_workers(recipe: Recipe) -> RayWorkerPool | None:
             f"the learner has one; they must not be in use by other Ray jobs), and the cluster has {free_text} free: "
             "use fewer workers, fewer threads (OMP_NUM_THREADS), or more machines"
         )
-    return RayWorkerPool(count, placement_group, device, timeout=recipe.collective_timeout)
+    return RayWorkerPool(count, placement_group, device, timeout=recipe.limits.collective_timeout)
 
 
 def start_ray(ray: ModuleType, device: torch.device) -> None:

@@ -198,7 +198,7 @@ def sample_and_grade(
         completion_ids = completion_token_ids(rollout)
         completions = texts_to_grade(rollout_policy, rollout, row_problems, completion_ids)
         costs = costs_of(rollout_policy, rollout, completion_ids)
-        row_rewards = grade(settings.task, row_problems, completions, costs, timeout=settings.reward_timeout)
+        row_rewards = grade(settings.task, row_problems, completions, costs, timeout=settings.limits.reward_timeout)
     component_names = list(component_reward_weights(settings))
     graded = []
     reward_rows = []

@@ -124,11 +124,6 @@ class StepSettings(Settings):
     shard_size: int = option(
         default=1, help="processes that share the learner's weights (FSDP2); 0: all; 1: no sharding", at_least=0
     )
-    reward_timeout: float | None = option(
-        default=600.0,
-        help="seconds of one call of the rewards, or of grading a completion; then exit with 124; None: no limit",
-        above=0,
-    )
 
     @property
     def trains_all_groups(self) -> bool:

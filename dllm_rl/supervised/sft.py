@@ -45,12 +45,10 @@ class SFT(Settings):
     # What a run asks of RL's settings of these names. Without annotations, they are not fields.
     shard_size = 1
     dry_run = False
-    async_save = False
     sft_warmup_steps = 0
     beta = 0.0
     torch_compile = False
     teacher = cast(Any, None)
-    push_to_hub = cast("str | None", None)
 
     def conflicts(self) -> list[tuple[bool, str]]:
         unknown = [setting for setting, name in self.evaluated_metrics.items() if name != "loss"]

@@ -15,7 +15,7 @@ from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.decoding.tokens import begin_ids
 from dllm_rl.distributed.collectives import from_main
 from dllm_rl.distributed.stop import as_written, leaving_nothing_behind
-from dllm_rl.groups import with_groups
+from dllm_rl.groups import nested, with_groups
 from dllm_rl.identity import rows_in_order
 from dllm_rl.models.base import Policy
 from dllm_rl.models.checkpoint.adapters import load_adapter
@@ -29,6 +29,7 @@ from dllm_rl.tasks.rows import load_rows
 from dllm_rl.tasks.user_code import children_end
 from dllm_rl.training.finish import has_custom_module, write_summary
 from dllm_rl.training.hooks import before_first_step, load_best, take_steps
+from dllm_rl.training.hub import check_hub
 from dllm_rl.training.policies import (
     build_policy,
     check_base,
@@ -50,11 +51,13 @@ EVAL_VIEWS = 4  # masks per row in the held-out loss of a diffusion model
 def sft(model: str | Policy | Callable[..., Policy], dataset: Any, **settings: Any) -> Summary:
     """Fine-tune a model on rows and return the run's summary, with the trained policy as its attribute `policy`.
 
-    `settings` are fields of `SFT`, or TRL's flat names, such as `save_steps`. Set the learning rate: the default, 5e-4,
-    suits small models.
+    `settings` are fields of `SFT`, or TRL's flat names, such as `save_steps`. Set the learning rate: the default,
+    5e-4, suits small models.
     """
     name = Path(model).name.lower() if isinstance(model, str | Path) else "sft"
-    return fine_tune(SFT(**{"name": name, "model": model, "dataset": dataset} | with_groups(SFT, settings, {})))
+    return fine_tune(
+        SFT(**{"name": name, "model": model, "dataset": dataset} | with_groups(SFT, nested(SFT, settings), {}))
+    )
 
 
 @in_own_folder
@@ -62,6 +65,7 @@ def sft(model: str | Policy | Callable[..., Policy], dataset: Any, **settings: A
 @children_end()
 def fine_tune(recipe: SFT) -> Summary:
     """Run a recipe of SFT and return the run's summary. Raises ValueError, before any training, if it cannot run."""
+    check_hub(recipe.saves.push_to_hub)
     accelerator, stop, peers = launch(recipe)
     # Before the folder is created, so that a malformed file leaves no folder.
     is_split = recipe.eval_dataset is None
@@ -78,7 +82,7 @@ def fine_tune(recipe: SFT) -> Summary:
     loss_name = "held-out loss" if is_held_out else "loss of training rows"
     held_out_views = [*held_out] * (1 if policy.spec.attention == "causal" else EVAL_VIEWS)
     eval_interval = evaluation_interval(
-        recipe.eval_steps,
+        recipe.evaluation.steps,
         recipe.num_steps,
         recipe.evaluated_metrics,
         eval_forwards=len(held_out_views),
@@ -106,7 +110,7 @@ def fine_tune(recipe: SFT) -> Summary:
         optimizer=optimizer,
         state=state,
         stop=stop,
-        writer=make_writer(policy),
+        writer=make_writer(policy, in_thread=recipe.saves.in_background, timeout=recipe.limits.collective_timeout),
         progress=log.view("training", recipe.num_steps, completed=state.logged_steps),
         checkpoint=str(folder or ""),
     )
@@ -115,7 +119,7 @@ def fine_tune(recipe: SFT) -> Summary:
         generator = generator_for(recipe.seed, "sft held-out")  # the same masks in every evaluation
         with log.stage("evaluation"):
             trainer = make_trainer(run)
-            return {"loss": trainer.loss(held_out_views, generator, micro_batch_size=recipe.eval_batch_size)}
+            return {"loss": trainer.loss(held_out_views, generator, micro_batch_size=recipe.evaluation_batch_size)}
 
     if not folder:
         run.state = replace(run.state, eval_before=evaluate())

@@ -107,12 +107,12 @@ def write_summary(run: Run[AnyRecipe], results: dict[str, Any], *, result: str, 
             f"\n{recipe.name}, seed {recipe.seed}: {result} in {summary['seconds']:.0f} s.\n"
             f"{''.join(notes)}Checkpoint: {summary['checkpoint']}\n{plot_line}Numbers:    {numbers_path}\n{advice}"
         )
-        if recipe.push_to_hub is not None:
+        if recipe.saves.push_to_hub is not None:
             folder = Path(run.checkpoint)
             try:
-                run.log.say(f"Uploaded:   {push_to_hub(folder, recipe.push_to_hub)}")
+                run.log.say(f"Uploaded:   {push_to_hub(folder, recipe.saves.push_to_hub)}")
             except Exception as error:  # of any type, from the network or the hub: the run itself has succeeded
-                run.log.say(f"warning: {folder} could not be uploaded to {recipe.push_to_hub}: {error}")
+                run.log.say(f"warning: {folder} could not be uploaded to {recipe.saves.push_to_hub}: {error}")
         for callback in recipe.callbacks:
             with process_restored():
                 callback.on_end(run.control, deepcopy(summary))

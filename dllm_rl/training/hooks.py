@@ -191,13 +191,13 @@ def check_numbers(callback: Callback, returned: object, metrics: Mapping[str, fl
 
 @collective
 def load_best(run: Run[AnyRecipe], open_policy: Callable[[Path, TrainingState], Policy]) -> None:
-    """Replace the run's policy by the policy of the best checkpoint, if `load_best_model_at_end` is set. `finish` then
+    """Replace the run's policy by the policy of the best checkpoint, if the recipe `loads_best`. `finish` then
     syncs the rollout policy, whose version is another one.
 
     Call it after `wait_for_checkpoint`.
     """
     folder = best_folder(run)
-    if not run.recipe.load_best_model_at_end or folder is None or str(folder) == run.checkpoint:
+    if not run.recipe.loads_best or folder is None or str(folder) == run.checkpoint:
         return
     state = TrainingState.read(folder)
     learner_samples = run.learner_samples  # before the policy is replaced

@@ -92,7 +92,7 @@ def resumed_policy(recipe: Recipe, folder: Path, state: TrainingState, accelerat
         load_adapter(policy, folder / "adapter")
     check_low_bit(recipe, policy)
     return shard_policy(
-        policy, accelerator, shard_size=recipe.shard_size, lora=recipe.lora, timeout=recipe.collective_timeout
+        policy, accelerator, shard_size=recipe.shard_size, lora=recipe.lora, timeout=recipe.limits.collective_timeout
     )
 
 
@@ -301,7 +301,7 @@ def reference_policy(recipe: Recipe, policy: Policy, accelerator: Accelerator, *
             accelerator,
             shard_size=recipe.shard_size,
             lora=None,
-            timeout=recipe.collective_timeout,
+            timeout=recipe.limits.collective_timeout,
         )
     reference.module.requires_grad_(False)  # the loss has no gradient with respect to it
     return reference

@@ -132,7 +132,7 @@ def check_validation_metrics(recipe: Recipe, answer: GradedCompletion) -> None:
     if not needed or not is_own_task(task):
         return
     cost = Cost(answer.forwards, answer.length - answer.ends)
-    (reward,) = grade(task, [task[0]], [answer.completion], [cost], timeout=recipe.reward_timeout)
+    (reward,) = grade(task, [task[0]], [answer.completion], [cost], timeout=recipe.limits.reward_timeout)
     if reward.value is not None:
         check_measured(needed, metric_fractions(reward))
 

@@ -18,7 +18,7 @@ from dllm_rl.training.summary import Summary
 
 
 def best_folder(run: Run[AnyRecipe]) -> Path | None:
-    """Return the folder of the best checkpoint by `metric_for_best_model`; None if no step has been evaluated."""
+    """Return the folder of the best checkpoint by `saves.best`; None if no step has been evaluated."""
     if run.state.best_step is None:
         return None
     return checkpoints.folder_of(Path(run.recipe.directory) / "checkpoints", run.state.best_step)

@@ -61,8 +61,10 @@ def save(run: Run[AnyRecipe]) -> None:
     if sharding_of(run.policy.module) is not None:
         run.writer.run(_sharded_write(run))
     else:
-        from_main(lambda: run.writer.run(_main_process_write(run, copies=run.recipe.async_save)), run.accelerator)
-    if not run.recipe.async_save:  # with async_save, an error of the write is raised in a later step
+        from_main(
+            lambda: run.writer.run(_main_process_write(run, copies=run.recipe.saves.in_background)), run.accelerator
+        )
+    if not run.recipe.saves.in_background:  # in the background, an error of the write is raised in a later step
         wait_for_checkpoint(run)
         if is_merged(run, run.state) != merged:  # an `on_save` stopped the run: this checkpoint is the last one
             save(run)
@@ -157,7 +159,7 @@ def save_on_error(run: Run[AnyRecipe], kind: object, error: BaseException | None
     if run.accelerator.num_processes > 1 and is_collective_error(error):
         note += (
             ": another process ended (its message says why), or kept this one waiting for "
-            f"collective_timeout={recipe.collective_timeout:g} s"
+            f"collective_timeout={recipe.limits.collective_timeout:g} s"
         )
     directory = Path(recipe.directory) / "checkpoints"
     try:
@@ -190,7 +192,7 @@ def _sharded_write(run: Run[AnyRecipe]) -> Callable[[], Path]:
     must call the returned function, too.
     """
     full_policy = gather_on_main(run.policy, run.accelerator)
-    shard = part_of(run.policy, run.optimizer, copy=run.recipe.async_save)
+    shard = part_of(run.policy, run.optimizer, copy=run.recipe.saves.in_background)
     is_main = run.accelerator.is_main_process
     step = run.state.step
     assert shard is not None or not is_main, "the main process belongs to the first replica"
@@ -241,7 +243,7 @@ def _bind_save(
         files=files,
     )
     folder = Path(recipe.directory) / "checkpoints"
-    return partial(checkpoint.save, folder, content, keep_last=recipe.save_total_limit)
+    return partial(checkpoint.save, folder, content, keep_last=recipe.saves.total_limit)
 
 
 def feature_states(run: Run[AnyRecipe]) -> dict[str, bytes]:
@@ -307,7 +309,7 @@ def is_merged(run: Run[AnyRecipe], state: TrainingState) -> bool:
     if not recipe.saves_only_adapters:
         return True
     is_last = state.step >= recipe.num_steps or run.control.stop_reason is not None
-    return is_last or (recipe.load_best_model_at_end and state.best_step == state.step)
+    return is_last or (recipe.loads_best and state.best_step == state.step)
 
 
 def _write(run: Run[AnyRecipe], step: int, write: Write) -> Path:
@@ -340,7 +342,7 @@ def check_folder(run: Run[AnyRecipe]) -> None:
 
 
 def checkpoint_if_due(run: Run[AnyRecipe], metrics: dict[str, float]) -> None:
-    """Save a checkpoint after a step, whose metrics are given, if one is due: every save_steps, after the last step or
+    """Save a checkpoint after a step, whose metrics are given, if one is due: every saves.steps, after the last step or
     a new best step, at a callback's request, and on a stop signal. After a stop signal, end the process with the
     signal's exit status.
     """
@@ -348,7 +350,7 @@ def checkpoint_if_due(run: Run[AnyRecipe], metrics: dict[str, float]) -> None:
     steps_done = run.state.step
     signum = run.stop.agreed(run.accelerator)
     is_due = (
-        steps_done % recipe.save_steps == 0 or steps_done == recipe.num_steps or run.control.stop_reason is not None
+        steps_done % recipe.saves.steps == 0 or steps_done == recipe.num_steps or run.control.stop_reason is not None
     )
     is_due |= run.control.save_requested
     run.control.save_requested = False

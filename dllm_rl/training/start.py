@@ -85,7 +85,7 @@ def start(recipe: Recipe, pool: WorkerPool | None = None, features: Sequence[Ste
     if recipe.zero_mismatch:
         prepare_workspace()
     check_features(features, recipe)
-    check_hub(recipe.push_to_hub)
+    check_hub(recipe.saves.push_to_hub)
     for field in ("task", "validation_task", "eval_task"):
         check_not_empty(field, getattr(recipe, field))
     check_metric_names(recipe)
@@ -167,7 +167,7 @@ def start(recipe: Recipe, pool: WorkerPool | None = None, features: Sequence[Ste
         optimizer=optimizer,
         state=state,
         stop=stop,
-        writer=make_writer(policy, in_thread=recipe.async_save, timeout=recipe.collective_timeout),
+        writer=make_writer(policy, in_thread=recipe.saves.in_background, timeout=recipe.limits.collective_timeout),
         progress=log.view("training", recipe.num_steps, completed=state.logged_steps),
         checkpoint=str(resume_folder or ""),
     )
@@ -261,15 +261,17 @@ def launch(recipe: AnyRecipe) -> tuple[Accelerator, Stop, Peers | None]:
     with launch_errors_in_one_line():
         check_launch_config()  # first, since Accelerate raises ImportError if DeepSpeed is requested but not installed
         accelerator = make_accelerator(
-            timeout=recipe.collective_timeout, log_with=recipe.log.trackers, directory=directory
+            timeout=recipe.limits.collective_timeout, log_with=recipe.log.trackers, directory=directory
         )
-    stop = Stop(seconds=recipe.stop_seconds, main=accelerator.is_main_process)
+    stop = Stop(seconds=recipe.limits.stop_seconds, main=accelerator.is_main_process)
     AFTER_USER_CODE.append(stop.arm)
     run_exit_stack().callback(AFTER_USER_CODE.remove, stop.arm)
     peers = None
-    if recipe.peer_timeout is not None and accelerator.num_processes > 1:
+    if recipe.limits.peer_timeout is not None and accelerator.num_processes > 1:
         peers = Peers(
-            accelerator, seconds=recipe.peer_timeout, advice=f"this run ends; {how_to_continue(recipe.directory)}"
+            accelerator,
+            seconds=recipe.limits.peer_timeout,
+            advice=f"this run ends; {how_to_continue(recipe.directory)}",
         )
         peers.hear = stop.hear_from_another
         run_exit_stack().enter_context(peers)  # on exit, also by an error, tells the other processes that this one ends
@@ -369,7 +371,7 @@ def load_and_rehearse(
     longest_index = check_prompts(recipe, policy)
     problem = recipe.task[int(fitting_indices(recipe, policy, torch.tensor([longest_index])))]
     policy = shard_policy(
-        policy, accelerator, shard_size=recipe.shard_size, lora=recipe.lora, timeout=recipe.collective_timeout
+        policy, accelerator, shard_size=recipe.shard_size, lora=recipe.lora, timeout=recipe.limits.collective_timeout
     )
     with process_restored():
         rehearse(recipe, policy, problem, accelerator, features)

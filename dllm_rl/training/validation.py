@@ -29,9 +29,9 @@ def evaluate_with(recipe: Recipe, policy: Policy, task: Task, accelerator: Accel
 
 
 def evaluation_of(recipe: Recipe, policy: Policy, task: Task, accelerator: Accelerator) -> Evaluation:
-    options = {"seed": recipe.seed, "batch_size": recipe.eval_batch_size, "accelerator": accelerator}
+    options = {"seed": recipe.seed, "batch_size": recipe.evaluation_batch_size, "accelerator": accelerator}
     with process_restored():  # after the methods of a sampler of the user's
-        return evaluate(policy, task, recipe.eval_sampler, reward_timeout=recipe.reward_timeout, **options)
+        return evaluate(policy, task, recipe.eval_sampler, reward_timeout=recipe.limits.reward_timeout, **options)
 
 
 @collective
@@ -108,7 +108,7 @@ def evaluation_interval(
     The work is counted in forwards and not timed, so that a resumed run evaluates at the same steps.
 
     Args:
-        eval_steps: The recipe's `eval_steps`.
+        eval_steps: The recipe's `evaluation.steps`.
         num_steps: Number of training steps.
         evaluated_metrics: Settings that need a metric of the evaluations.
         eval_forwards: Rows times forwards per row in an evaluation.
@@ -122,7 +122,7 @@ def evaluation_interval(
         interval = MIN_STEPS * max(1, math.ceil(eval_forwards / (MAX_SHARE * step_forwards * MIN_STEPS)))
     for setting in evaluated_metrics if 0 < num_steps < interval else ():
         raise ValueError(
-            f"{setting} is measured every {interval} steps, and num_steps={num_steps}: set a smaller eval_steps"
+            f"{setting} is measured every {interval} steps, and num_steps={num_steps}: set a smaller evaluation.steps"
         )
     return interval
 
@@ -136,7 +136,7 @@ def validation_interval(recipe: Recipe) -> int:
         eval_forwards = rollout_forwards = 1
     rows = recipe.train_batch_size * recipe.num_generations
     return evaluation_interval(
-        recipe.eval_steps,
+        recipe.evaluation.steps,
         recipe.num_steps,
         recipe.evaluated_metrics,
         eval_forwards=len(recipe.validation_task) * eval_forwards,

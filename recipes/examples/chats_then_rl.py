@@ -10,6 +10,7 @@ from pathlib import Path
 from datasets import load_dataset
 
 from dllm_rl import Lora, grpo, sft
+from dllm_rl.groups import Evaluation
 
 START = "GSAI-ML/LLaDA-8B-Instruct"  # has a chat template; a Base model needs prompt and completion as text
 TUNED = "runs/mine-sft-seed0/checkpoints/step-000500"
@@ -29,7 +30,7 @@ if not Path(TUNED).is_dir():  # 1. SFT. A row of chats.jsonl: {"messages": [{"ro
         train_batch_size=16,
         micro_batch_size=2,
         gradient_checkpointing=True,
-        eval_batch_size=4,
+        evaluation=Evaluation(batch_size=4),
         num_steps=500,
         save_steps=100,
         resume_from_checkpoint="latest",  # from the start, if there is no checkpoint yet

@@ -55,8 +55,7 @@ class LearnOrder(StepFeature):
 
 
 rank = PlackettLuce(temperature=1.0, base_rank=Learned())
-recipe = replace(
-    base,
+recipe = base.replace(
     name="learned_order",
     model=partial(tiny_masked_lm, characters="1234.="),
     sampler=replace(base.sampler, rank=rank),
@@ -64,7 +63,7 @@ recipe = replace(
     eval_task=replace(base.eval_task, size=100),
     train_batch_size=8,
     num_steps=25,
-    eval_steps=0,
+    evaluation={"steps": 0},
 )
 
 if __name__ == "__main__":

@@ -100,8 +100,7 @@ class ReplayRows(StepFeature):
         self.stored = Stored(rollout, *(tensors[name] for name in ("rewards", "advantages", "steps")))
 
 
-recipe = replace(
-    base,
+recipe = base.replace(
     name="replay",
     model=partial(tiny_masked_lm, characters="1234.="),
     rollout_quantization=Float8WeightOnly(),
@@ -110,7 +109,7 @@ recipe = replace(
     eval_task=replace(base.eval_task, size=100),
     train_batch_size=8,
     num_steps=25,
-    eval_steps=0,
+    evaluation={"steps": 0},
 )
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from torch import Generator
 
 from dllm_rl import TIS, Float8WeightOnly, MaxProb, Prompts, Recipe, Reward, Trajectory, Unmask, main, option
 from dllm_rl.decoding.tokens import decode, encode, full_texts, text_ids
+from dllm_rl.groups import Evaluation
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.rng import generator_for, row_seeds
 from dllm_rl.samplers.sampler import Sampler
@@ -143,7 +144,7 @@ recipe = Recipe(
     train_batch_size=8,
     num_steps=25,
     learning_rate=1e-3,
-    eval_steps=20,
+    evaluation=Evaluation(steps=20),
 )
 
 if __name__ == "__main__":

@@ -71,8 +71,7 @@ class SolvedOnly:
         return replace(grade, value=grade.breakdown["solve_rate"])
 
 
-recipe = replace(
-    base,
+recipe = base.replace(
     name="unequal-groups",
     task=SolvedOnly(Sudoku(split="train", clues=(10, 12), size=100)),
     prompt_source=MoreWhereMixed(),
@@ -81,7 +80,7 @@ recipe = replace(
     sft_warmup_steps=120,
     train_batch_size=8,
     num_steps=25,
-    eval_steps=0,
+    evaluation={"steps": 0},
 )
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ def train_one(
         "sft_warmup_steps": 0,
         "seed": seed,
         "num_steps": num_steps,
-        "eval_steps": 0,
+        "evaluation": {"steps": 0},
         "log": {"report_to": None},
         "output_dir": str(folder),
         "resume_from_checkpoint": "latest",

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 from refusals import refuses
-from tiny_recipe import OddPuzzles, tiny_recipe
+from tiny_recipe import OddPuzzles, tiny_recipe, with_changes
 
 from dllm_rl import Unmask
 from dllm_rl.checkpoints.run_folder import why_forget_best
@@ -86,7 +86,7 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, capsys):
         ({}, None),
         ({"eval_sampler": Unmask(max_new_tokens=2)}, "eval_sampler has changed"),
         ({"validation_task": OddPuzzles()}, "validation_task has changed"),
-        ({"metric_for_best_model": "parsed"}, "metric_for_best_model has changed"),
+        ({"metric_for_best_model": "parsed"}, "saves.best.metric has changed"),
         ({"learning_rate": 0.5}, None),
     ],
 )
@@ -95,4 +95,4 @@ def test_the_best_of_other_evaluations_no_longer_counts(tmp_path, changed, why):
     state = TrainingState(version=2, dtype="float32", best_step=1, best_value=0.5, recipe=recipe.settings())
     folder = tmp_path / "checkpoints" / "step-000002"
     (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
-    assert why_forget_best(recipe.replace(**changed), state, folder) == why
+    assert why_forget_best(with_changes(recipe, **changed), state, folder) == why

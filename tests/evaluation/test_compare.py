@@ -13,6 +13,8 @@ from dllm_rl.evaluation.compare import common_name, compare, read_run, settings_
 from dllm_rl.evaluation.held_out import grading_of, held_out_row
 from dllm_rl.evaluation.intervals import bootstrap_interval
 from dllm_rl.evaluation.results import Evaluation, GradedAnswer
+from dllm_rl.groups import Best, Log, Saves
+from dllm_rl.records import to_json
 from dllm_rl.tasks import Reward, Sudoku, task_from_dataset
 
 GREEDY = {"class_path": "Unmask", "init_args": {"max_new_tokens": 2, "temperature": 0.0}}
@@ -149,7 +151,10 @@ OTHER_REWARD = {"grading": {"reward": "h"}}
         ({"eval_sampler": TWO_TOKENS}, r"differently, eval_sampler.temperature=0.0 and 0.5; train both with the same"),
         ({"eval_sampler": {"class_path": "Renoise", "init_args": {}}}, "eval_sampler='Unmask' and 'Renoise'"),
         (OTHER_REWARD, "the runs have no metric in common: right: its code or settings differ"),
-        ({"step": 0}, r"b has no held-out evaluation after a training step; wait for one, or set a smaller eval_steps"),
+        (
+            {"step": 0},
+            r"b has no held-out evaluation after a training step; wait for one, or set a smaller evaluation.steps",
+        ),
         ({"seed": 1, "learning_rate": 0.1}, "1 arm is nothing to compare: the runs have the same settings but for"),
     ],
 )
@@ -191,10 +196,14 @@ def test_labels_are_short_and_differ():
 
 
 def test_seeds_may_differ_in_name_folder_and_logging(tmp_path):
-    one = read_run(write_run(tmp_path / "a", [1.0], logging_steps=1))
-    other = read_run(write_run(tmp_path / "b", [1.0], seed=3, name="b", logging_steps=9))
+    one = read_run(write_run(tmp_path / "a", [1.0], log=to_json(Log(steps=1))))
+    other = read_run(write_run(tmp_path / "b", [1.0], seed=3, name="b", log=to_json(Log(steps=9))))
     assert settings_of(one) == settings_of(other)
-    for setting, value in {"num_steps": 20, "learning_rate": 0.5, "load_best_model_at_end": True}.items():
+    for setting, value in {
+        "num_steps": 20,
+        "learning_rate": 0.5,
+        "saves": to_json(Saves(best=Best(metric="right"))),
+    }.items():
         assert settings_of(read_run(write_run(tmp_path / "c", [1.0], **{setting: value}))) != settings_of(one)
 
 

@@ -19,6 +19,7 @@ from run_outputs import metrics_of
 
 from dllm_rl import Oracle, grpo, grpo_recipe, make_policy, sft, task_from_dataset, tiny_masked_lm, train
 from dllm_rl.callbacks import RunControl
+from dllm_rl.groups import Limits
 
 pytestmark = pytest.mark.usefixtures("no_rehearsal")
 
@@ -377,14 +378,14 @@ def test_without_a_measurement_another_reward_trains_nothing(tmp_path, at, weigh
 
 
 @pytest.mark.repeated(every=3)
-@pytest.mark.parametrize("settings", [{}, {"reward_timeout": 7.0}, {"save_steps": 20}])
+@pytest.mark.parametrize("settings", [{}, {"limits": Limits(reward_timeout=7.0)}, {"save_steps": 20}])
 @pytest.mark.parametrize("wrapped", [[Oracle(Counted())], [Counted(), Oracle(Counted())]])
 def test_a_paid_step_has_no_time_limit_and_is_saved(settings, wrapped):
     recipe = grpo_recipe(model(), ROWS, wrapped, **settings)
-    expected = {"reward_timeout": None, "save_steps": 1} | settings
-    assert {name: getattr(recipe, name) for name in expected} == expected
+    assert recipe.limits == settings.get("limits", Limits(reward_timeout=None))
+    assert recipe.saves.steps == settings.get("save_steps", 1)
     plain = grpo_recipe(model(), ROWS, Counted())
-    assert (plain.reward_timeout, plain.save_steps) == (600.0, 50)
+    assert (plain.limits.reward_timeout, plain.saves.steps) == (600.0, 50)
 
 
 def test_paid_rewards_are_not_overwritten(tmp_path):

@@ -7,9 +7,9 @@ import pytest
 from tiny_recipe import tiny_recipe
 from torch.distributed.elastic.multiprocessing.api import PContext
 
+from dllm_rl.groups import Limits
 from dllm_rl.monitoring import log as module
 from dllm_rl.monitoring.log import RunLog
-from dllm_rl.recipe import Recipe
 from dllm_rl.training.trainer import train
 
 
@@ -63,7 +63,7 @@ def test_every_stage_of_a_run_is_watched_and_a_recipes_limit_holds_for_every_gra
 
 def test_a_stop_saves_before_the_launcher_loses_patience():
     patience = inspect.signature(PContext.close).parameters["timeout"].default
-    assert {f.name: f.default for f in Recipe.__dataclass_fields__.values()}["stop_seconds"] <= patience - 10
+    assert Limits().stop_seconds <= patience - 10
 
 
 @pytest.mark.parametrize("field", ["collective_timeout", "reward_timeout"])

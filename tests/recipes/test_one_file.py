@@ -14,7 +14,7 @@ from run_outputs import metrics_of
 
 from dllm_rl import AIS, Float8WeightOnly, MaxProb, PPOClip, Recipe, Trajectory, Unmask
 from dllm_rl.algorithms.advantages import GroupRelative
-from dllm_rl.groups import Log
+from dllm_rl.groups import Log, Saves
 from dllm_rl.models.base import copied
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.samplers.sampler import FunctionSampler
@@ -73,7 +73,7 @@ class Recorded:
             lr_schedule=lambda step, num_steps: 1.0,
             max_grad_norm=settings.max_grad_norm,
             max_retained_graphs=settings.diffusion_steps,  # one backward for all views, as in one_file
-            save_steps=1000,
+            saves=Saves(steps=1000),
             log=Log(report_to=None),
             output_dir=str(directory),
         )

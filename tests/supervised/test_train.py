@@ -138,7 +138,7 @@ def test_autocast_rounds_and_no_more(kind):
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     found = []
-    words = ["--num_steps", "3", "--train_batch_size", "8", "--eval_steps", "2", "--log.report_to", "none"]
+    words = ["--num_steps", "3", "--train_batch_size", "8", "--evaluation.steps", "2", "--log.report_to", "none"]
     words += ["--micro_batch_size", "2"]
     for name, launcher in (("one", ["--cpu"]), ("two", ["--config_file", "recipes/accelerate/cpu_2.yaml"])):
         command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "recipes/sft_tiny.py", *words]

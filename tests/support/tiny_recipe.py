@@ -4,7 +4,7 @@ from dataclasses import replace
 from functools import partial
 
 from dllm_rl.algorithms.correctors import AIS
-from dllm_rl.groups import Log, with_groups
+from dllm_rl.groups import Log, nested, with_groups
 from dllm_rl.likelihoods.estimators import Causal
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers.autoregress import Autoregress
@@ -24,7 +24,12 @@ ONE_PUZZLE = {"validation_task": Sudoku(split="validation", size=1), "eval_task"
 def with_changes(base, **changes):
     """A recipe with other settings. Those of groups have flat names here, as in `grpo`, so that dictionaries of changes
     merge: `save_steps` for `saves.steps` (`Recipe.GROUPED` has them all)."""
-    return replace(base, **with_groups(type(base), changes, vars(base), base.GROUPED))
+    return replace(base, **with_groups(type(base), nested(type(base), changes, base.GROUPED), vars(base)))
+
+
+def made_of(kind, **settings):
+    """A `Recipe` or `SFT` of settings of which those of groups have flat names."""
+    return kind(**with_groups(kind, nested(kind, settings, kind.GROUPED), {}))
 
 
 def tiny_recipe(directory, **changes):

@@ -100,7 +100,7 @@ def test_the_script_of_8b_runs_stops_goes_on_and_exports(folder, tmp_path):
     options = [f"--output_dir={tmp_path / 'run'}", "--torch_compile=false"]
     options += [f"--{each}.max_new_tokens=32" for each in ("sampler", "eval_sampler")]
     options += [f"--{each}.diffusion_steps=8" for each in ("sampler", "eval_sampler")]
-    options += ["--validation_task.size=2", "--eval_task.size=2", "--train_batch_size=1", "--save_steps=1"]
+    options += ["--validation_task.size=2", "--eval_task.size=2", "--train_batch_size=1", "--saves.steps=1"]
     train(from_command_line(llada_8b, [*options, "--num_steps=1", "--lr_schedule_steps=2"]))
     more = ["--num_steps=2", "--lr_schedule_steps=2", "--resume_from_checkpoint=latest", "--allow_changed=num_steps"]
     train(from_command_line(llada_8b, [*options, *more]))

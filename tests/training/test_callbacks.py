@@ -26,7 +26,7 @@ from dllm_rl import (
     tiny_masked_lm,
 )
 from dllm_rl.callbacks import RunControl, check_callbacks, state_of
-from dllm_rl.groups import Log
+from dllm_rl.groups import Log, Saves
 from dllm_rl.models.tiny import tiny_moe
 from dllm_rl.training import hooks, trainer, validation
 
@@ -177,11 +177,11 @@ class StopOnSave(Callback):
 @pytest.mark.repeated(first_only=True)
 def test_the_last_checkpoint_has_merged_weights_if_a_save_ended_the_run(tmp_path, async_save, step):
     small_model().save_pretrained(tmp_path / "model")
-    settings = {"lora": Lora(r=2), "save_steps": 1, "async_save": async_save, "callbacks": [StopOnSave(step)]}
+    settings = {"lora": Lora(r=2), "saves": Saves(steps=1, in_background=async_save), "callbacks": [StopOnSave(step)]}
     options = {"max_new_tokens": 2, "num_steps": 9, "train_batch_size": 4, "num_generations": 4, "report_to": "none"}
     summary = grpo(str(tmp_path / "model"), ROWS, close, output_dir=str(tmp_path / "run"), **options | settings)
     saved = Path(summary["checkpoint"])
-    # With async_save, `on_save` is called when the next checkpoint is due; that one is the last.
+    # In the background, `on_save` is called when the next checkpoint is due; that one is the last.
     assert summary["stopped"]["reason"] == f"saved step-{step:06d}"
     assert saved.name == f"step-{step + async_save:06d}"
     merged = [path.name for path in saved.parent.glob("step-*") if (path / "model.safetensors").exists()]
@@ -193,9 +193,9 @@ def test_the_last_checkpoint_has_merged_weights_if_a_save_ended_the_run(tmp_path
 SEVERAL = """
 import sys
 sys.path.insert(0, "tests/training")
-from test_callbacks import StopOnSave, run
-settings = {"callbacks": [StopOnSave(2)], "save_steps": 2, "async_save": sys.argv[2] == "True"}
-summary = run(sys.argv[1], **settings, collective_timeout=60.0)
+from test_callbacks import Limits, Saves, StopOnSave, run
+settings = {"callbacks": [StopOnSave(2)], "saves": Saves(steps=2, in_background=sys.argv[2] == "True")}
+summary = run(sys.argv[1], **settings, limits=Limits(collective_timeout=60.0))
 print(summary["stopped"]["reason"])
 """
 
@@ -269,7 +269,7 @@ def test_a_resume_with_another_metric_forgets_the_best_of_the_old_one(tmp_path, 
     resume = {"num_steps": 2, "lr_schedule_steps": 2, "resume_from_checkpoint": "latest"}
     summary = run(tmp_path, **BEST | resume | changed)
     assert (summary["best_step"], summary["best_value"]) == best and Path(summary["best_checkpoint"]).exists()
-    said = "the best checkpoint so far, of step 1, no longer counts: metric_for_best_model has"
+    said = "the best checkpoint so far, of step 1, no longer counts: saves.best.metric has"
     assert (said in capsys.readouterr().out) == (best[0] != 1)
 
 
@@ -316,11 +316,11 @@ test_what_cannot_be_called_or_measured_is_refused_before_the_first_step = refuse
     ({"callbacks": [print]}, "callbacks"),
     ({"callbacks": StopBelow()}, "callbacks"),
     ({"callbacks": [StopBelow]}, "callbacks"),
-    ({"metric_for_best_model": "reward"}, "eval_steps"),
-    ({"metric_for_best_model": "rewards", "eval_steps": 1}, "metric_for_best_model"),
-    ({"load_best_model_at_end": True}, "metric_for_best_model"),
-    ({"metric_for_best_model": "reward", "eval_steps": 0}, "eval_steps=0 never"),
-    ({"callbacks": [StopBelow("eval/reward")], "eval_steps": 0}, r"StopBelow\('eval/reward'\) .* eval_steps=0"),
+    ({"metric_for_best_model": "reward"}, r"evaluation\.steps"),
+    ({"metric_for_best_model": "rewards", "eval_steps": 1}, r"saves\.best\.metric"),
+    ({"load_best_model_at_end": True}, "Best needs metric"),
+    ({"metric_for_best_model": "reward", "eval_steps": 0}, r"evaluation\.steps=0 never"),
+    ({"callbacks": [StopBelow("eval/reward")], "eval_steps": 0}, r"StopBelow\('eval/reward'\) .*\.steps=0"),
     ({"callbacks": [StopBelow("eval/reward")], "eval_steps": 9}, r"StopBelow\('eval/reward'\) .* every 9 steps"),
     ({"callbacks": [StopBelow("eval/rewards")], "eval_steps": 1}, "the nearest is 'reward'"),
     by=lambda settings, tmp_path: run(tmp_path / "run", **settings),

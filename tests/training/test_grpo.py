@@ -26,7 +26,7 @@ from dllm_rl.algorithms.advantages import GroupRelative
 from dllm_rl.algorithms.losses import FixedLengthMean, PPOClip, SequenceMean
 from dllm_rl.algorithms.optimizers import LinearDecay
 from dllm_rl.frontend.trl_names import OFF, REMEDIES, SAME, STRING_VALUES, TRL_NAMES, translate_trl_names
-from dllm_rl.groups import Log
+from dllm_rl.groups import TRL_FLAT, Log
 from dllm_rl.integrations.serving.engine import HTTPEngine, HTTPSampler
 from dllm_rl.likelihoods.estimators import Causal, OneStep, Trajectory
 from dllm_rl.models.base import encode_block_causal
@@ -468,7 +468,7 @@ def test_trls_names_set_what_they_mean():
         top_k=5, scale_rewards=False, sampler_options={"diffusion_steps": 2},
     )  # fmt: skip
     assert recipe.loss == PPOClip(**clip)
-    assert (recipe.max_new_tokens, recipe.num_steps, recipe.name, recipe.push_to_hub) == (4, 3, "a", "me/b")
+    assert (recipe.max_new_tokens, recipe.num_steps, recipe.name, recipe.saves.push_to_hub) == (4, 3, "a", "me/b")
     assert recipe.advantages == GroupRelative(scale_rewards="none") and recipe.log.trackers == []
     assert recipe.sampler == Unmask(max_new_tokens=4, diffusion_steps=2, top_p=0.9, top_k=5, temperature=1.0)
     assert recipe_of(loss=GSPO(), epsilon=0.1).loss == GSPO(epsilon=0.1)
@@ -493,7 +493,7 @@ def test_trls_true_resumes_from_the_latest_checkpoint():
     refuses("resume_from_checkpoint=False", lambda: recipe_of(resume_from_checkpoint=False))
 
 
-@pytest.mark.parametrize("name", ["eval_steps", "micro_batch_size", "output_dir", "reward_timeout", "eval_split"])
+@pytest.mark.parametrize("name", ["micro_batch_size", "output_dir", "eval_split"])
 def test_none_is_a_value_where_a_setting_takes_it(name):
     assert getattr(recipe_of(**{name: None}), name, None) is None
 
@@ -987,12 +987,21 @@ def test_every_name_of_trls_config_is_taken_or_refused_by_its_name():
 
 
 def test_each_remedy_is_a_setting_or_says_what_else():
-    known = {*Recipe.__dataclass_fields__, *inspect.signature(grpo_recipe).parameters, *TRL_NAMES, *STRING_VALUES}
+    known = {
+        *Recipe.__dataclass_fields__,
+        *inspect.signature(grpo_recipe).parameters,
+        *TRL_NAMES,
+        *STRING_VALUES,
+        *TRL_FLAT,
+    }
     others = {remedy for remedy in REMEDIES.values() if remedy.partition(".")[0] not in known}
     assert others == {
         "accelerate launch --cpu",
+        "accelerate launch --num_processes",
         "beta, the coefficient of a KL term in the loss",
         "log=Log(completions_steps=...)",
+        "limits=Limits(collective_timeout=...)",
+        "evaluation=Evaluation(batch_size=...)",
         "nothing: logits are computed in fp32",
         "loss=PPOClip(delta=...)",
         "loss=PPOClip(epsilon=...)",

@@ -7,6 +7,7 @@ import pytest
 import torch
 from repetitions import few, slow
 from run_outputs import assert_same_weights, metrics_of
+from tiny_recipe import made_of
 
 from dllm_rl import Callback, Lora, grpo_recipe, tiny_masked_lm, train
 from dllm_rl.algorithms.advantages import GroupRelative
@@ -343,7 +344,7 @@ def tune(folder, *, fails=None, **changes):
     settings = {"max_length": 8, "num_steps": STEPS, "eval_steps": FAILS, "save_steps": 100, "report_to": "none"}
     callbacks = [Summing("first"), Summing("second")]
     files = {"name": "sft", "model": small, "dataset": rows, "output_dir": str(folder), "callbacks": callbacks}
-    return fine_tune(SFT(**settings | files | {"lr_schedule": beginning_rate} | changes))
+    return fine_tune(made_of(SFT, **settings | files | {"lr_schedule": beginning_rate} | changes))
 
 
 @pytest.mark.parametrize("place", [slow("the learning rate"), "on_evaluate of second", slow("on_step of first")])

@@ -119,7 +119,7 @@ def test_of_a_run_that_saves_adapters_alone_the_last_and_the_best_checkpoint_hav
     """The best one only if the run loads it at its end."""
 
     def merged(step, best_step, loads_best, stop_reason=None):
-        recipe = SimpleNamespace(saves_only_adapters=True, num_steps=9, load_best_model_at_end=loads_best)
+        recipe = SimpleNamespace(saves_only_adapters=True, num_steps=9, loads_best=loads_best)
         run = SimpleNamespace(recipe=recipe, control=SimpleNamespace(stop_reason=stop_reason))
         return saving.is_merged(run, SimpleNamespace(step=step, best_step=best_step))
 

@@ -5,10 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 from run_outputs import metrics_of
-from tiny_recipe import ONE_PUZZLE, Wrapped, tiny_recipe
+from tiny_recipe import ONE_PUZZLE, Wrapped, tiny_recipe, with_changes
 
 from dllm_rl import Sudoku, Unmask, grpo, tiny_masked_lm
 from dllm_rl.callbacks import StopBelow
+from dllm_rl.groups import Best, Evaluation, Saves
 from dllm_rl.samplers.sampler import FunctionSampler
 from dllm_rl.supervised.sft import SFT
 from dllm_rl.tasks import task_from_dataset
@@ -26,9 +27,9 @@ def test_it_is_every_eval_steps_on_the_validation_task(tmp_path):
     means = evaluate_with(recipe, run.policy, recipe.validation_task, run.accelerator)
     wanted = {f"eval/{name}": value for name, value in means.items()}  # greedy: the same each time
     assert "eval/solve_rate" in wanted
-    assert validation_interval(replace(recipe, eval_steps=None)) == 10
+    assert validation_interval(with_changes(recipe, eval_steps=None)) == 10
     for every, steps in ((0, []), (2, [1, 3]), (3, [2]), (None, [9])):
-        often = replace(run, recipe=replace(recipe, eval_steps=every))
+        often = replace(run, recipe=with_changes(recipe, eval_steps=every))
         found = [validate(often, step) for step in range(10 if every is None else 4)]
         assert found == [wanted if step in steps else {} for step in range(len(found))]
     run.log.close()
@@ -58,7 +59,7 @@ def test_without_eval_steps_evaluations_take_two_percent(eval_rows, eval_steps_e
         eval_steps=None,
     )
     assert validation_interval(recipe) == every
-    assert [validation_interval(replace(recipe, eval_steps=steps)) for steps in (0, 7)] == [0, 7]
+    assert [validation_interval(with_changes(recipe, eval_steps=steps)) for steps in (0, 7)] == [0, 7]
 
 
 FILLED = FunctionSampler(function=lambda policy, prompts, generator: None, max_new_tokens=0)  # fills in blanks
@@ -80,7 +81,7 @@ def test_evaluations_change_no_other_number_and_a_best_checkpoint_needs_one(tmp_
     names = {name for row in curves[1] for name in row if name.startswith("eval/")}
     assert names and all(names <= row.keys() for row in curves[1])
     assert [{name: value for name, value in row.items() if name not in names} for row in curves[1]] == curves[0]
-    with pytest.raises(ValueError, match=r"metric_for_best_model.*every 30 steps.*eval_steps"):
+    with pytest.raises(ValueError, match=r"saves.best.metric.*every 30 steps.*evaluation.steps"):
         grpo(
             model, rows, right, eval_split=4, metric_for_best_model="reward", output_dir=str(tmp_path / "x"), **options
         )
@@ -170,7 +171,7 @@ def test_a_metric_that_does_not_exist_is_refused_before_a_model_is_made(named, d
     recipe = tiny_recipe(tmp_path, num_steps=2, eval_steps=1, dry_run=dry_run, **ONE_PUZZLE | tasks)
     recipe = recipe if dry_run else recipe.replace(model=never)
     with pytest.raises(ValueError, match=f"{name}.*is not one of the metrics of validation_task: .*{known}"):
-        train(recipe.replace(**named(name)))
+        train(with_changes(recipe, **named(name)))
 
 
 def test_a_function_that_returns_none_for_some_rows_is_a_metric_by_name(tmp_path, rehearsal):
@@ -179,15 +180,17 @@ def test_a_function_that_returns_none_for_some_rows_is_a_metric_by_name(tmp_path
     train(tiny_recipe(tmp_path, metric_for_best_model="half", callbacks=[StopBelow("eval/half", 0.0)], **settings))
 
 
-@pytest.mark.parametrize("changes", [{"metric_for_best_model": "los"}, {"callbacks": [StopBelow("eval/accuracy")]}])
+@pytest.mark.parametrize(
+    "changes", [{"saves": Saves(best=Best(metric="los"))}, {"callbacks": [StopBelow("eval/accuracy")]}]
+)
 def test_sft_names_its_only_metric(changes):
     SFT(
         name="x",
         model=never,
         dataset=[],
-        eval_steps=1,
-        metric_for_best_model="eval_loss",
+        evaluation=Evaluation(steps=1),
+        saves=Saves(best=Best(metric="eval_loss")),
         callbacks=[StopBelow("eval/loss")],
     )
     with pytest.raises(ValueError, match=r"(los'|accuracy.*) is not the metric of the held-out rows, which is loss"):
-        SFT(name="x", model=never, dataset=[], eval_steps=1, **changes)
+        SFT(name="x", model=never, dataset=[], evaluation=Evaluation(steps=1), **changes)

@@ -208,7 +208,7 @@ def memory_remedies(step: PlannedStep) -> list[str]:
     can_quantize = can_quantize and not any(is_wrong for is_wrong, _ in recipe.low_bit_conflicts(""))
     # Sharding saves nothing with adapters and unquantized rollouts: a sharded learner needs a full copy to sample with.
     shards_well = lora is None or recipe.rollout_quantization is not None
-    shards_well = shards_well and not (recipe.base_quantization or recipe.load_best_model_at_end)
+    shards_well = shards_well and not (recipe.base_quantization or recipe.loads_best)
     remedies = {
         "a smaller --micro_batch_size or --rollout_batch_size": True,
         "--gradient_checkpointing": is_decoder and not recipe.gradient_checkpointing,
@@ -229,16 +229,16 @@ def save_lines(step: PlannedStep, memory: Memory) -> list[str]:
     full_bytes = weight_bytes + state_bytes  # of a checkpoint with all weights; the last one always has them
     only_adapters = recipe.saves_only_adapters
     checkpoint_bytes = state_bytes if only_adapters else full_bytes
-    disk_bytes = recipe.save_total_limit * checkpoint_bytes + full_bytes
+    disk_bytes = recipe.saves.total_limit * checkpoint_bytes + full_bytes
     host_bytes = min(weight_bytes, MAX_FILE_SIZE)  # one file of weights at a time
-    if recipe.async_save or step.shard_size > 1:
-        host_bytes += weight_bytes + state_bytes * recipe.async_save
+    if recipe.saves.in_background or step.shard_size > 1:
+        host_bytes += weight_bytes + state_bytes * recipe.saves.in_background
     elif recipe.lora is not None and step.policy.spec.files.stock_model is None:  # transformers saves a merged copy
         host_bytes = weight_bytes
     last_size = f", the last one {full_bytes / GB:.3f} GB" if only_adapters else ""
     return [
         f"checkpoints           {checkpoint_bytes / GB:.3f} GB each{last_size}; {disk_bytes / GB:.3f} GB of disk for "
-        f"{recipe.save_total_limit} kept checkpoints and the last one while it is written",
+        f"{recipe.saves.total_limit} kept checkpoints and the last one while it is written",
         f"host memory at a save {host_bytes / GB:.3f} GB",
         f"time of a save        {checkpoint_bytes / WRITE_RATE:.0f} s at {WRITE_RATE / GB:.2f} GB/s, measured with two "
         "CPU cores and one disk",

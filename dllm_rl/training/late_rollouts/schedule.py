@@ -276,7 +276,7 @@ class AsyncRollouts:
         start_time = time.monotonic()
         while (batch := self._made(step)) is None:
             self.pool.mend([step])
-            if others_wait and time.monotonic() - start_time > self.recipe.collective_timeout / 4:
+            if others_wait and time.monotonic() - start_time > self.recipe.limits.collective_timeout / 4:
                 break
             self.pool.wait()
         return batch

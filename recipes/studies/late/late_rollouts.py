@@ -118,7 +118,7 @@ METRICS = {
     "k3 of staleness": "mismatch_split/staleness_k3_kl",
     "reward": "reward",
 }
-QUIET = {"eval_steps": 0, "save_steps": 10**6, "log": {"completions_steps": 0}}
+QUIET = {"evaluation": {"steps": 0}, "saves": {"steps": 10**6}, "log": {"completions_steps": 0}}
 STUDY = Study(
     name="late-rollouts",
     base=recipe.replace(**QUIET),

@@ -123,7 +123,7 @@ def study_of(steps: int) -> Study:
     return Study(
         name=f"drawn-trained-{steps}",
         base=base,
-        arms={name: each | {"eval_steps": 10} for name, each in arms.items()},
+        arms={name: each | {"evaluation": {"steps": 10}} for name, each in arms.items()},
         against={},
         metrics=metrics,
         seeds=len(SEEDS),
@@ -162,7 +162,12 @@ def certain_start(study: Study, root: Path, steps: int, seed: int) -> Path:
     if not (folder / "summary.json").exists():
         settings = arms_of("certain", steps, DECIDES)[f"certain, {steps}: unquantized: segments"]
         settings |= {"model": str(warm_up(study.base, seed, root / "warm" / str(seed))), "sft_warmup_steps": 0}
-        settings |= {"num_steps": CERTAIN_AFTER, "eval_steps": 0, "log": {"report_to": None}, "seed": seed + 1000}
+        settings |= {
+            "num_steps": CERTAIN_AFTER,
+            "evaluation": {"steps": 0},
+            "log": {"report_to": None},
+            "seed": seed + 1000,
+        }
         train(study.base.replace(**settings, output_dir=str(folder), overwrite_output_dir=True))
     return list_checkpoints(folder / "checkpoints")[-1][1]
 

@@ -98,7 +98,7 @@ def measure(root: Path, *, draws: int, gradient_draws: int, prompts: int, group:
     old = load_policy(start)
     after = root / "after-20-steps"
     if not (after / "summary.json").exists():
-        settings = {"num_steps": 20, "save_steps": 10**6, "output_dir": str(after), "overwrite_output_dir": True}
+        settings = {"num_steps": 20, "saves": {"steps": 10**6}, "output_dir": str(after), "overwrite_output_dir": True}
         train(plain.replace(model=str(start), sft_warmup_steps=0, **settings))
     current = load_policy(list_checkpoints(after / "checkpoints")[-1][1])
     stream = torch.Generator().manual_seed(7)

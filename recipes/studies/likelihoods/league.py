@@ -284,7 +284,13 @@ def measure(study: Study, root: Path) -> None:
     missing = {name: changes for name, changes in arms.items() if name not in found}
     known = next((name for name in arms if name in found), None) if missing else None
     warm = warm_up(study.base, TUNED_ON[0], root / "tuning" / "warm" / str(TUNED_ON[0]))
-    few = {"model": str(warm), "sft_warmup_steps": 0, "num_steps": 8, "eval_steps": 0, "log": {"report_to": None}}
+    few = {
+        "model": str(warm),
+        "sft_warmup_steps": 0,
+        "num_steps": 8,
+        "evaluation": {"steps": 0},
+        "log": {"report_to": None},
+    }
     here: dict[str, float] = {}
     for _ in range(2):
         for name, changes in (missing if known is None else {known: arms[known]} | missing).items():

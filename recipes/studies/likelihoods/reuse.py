@@ -82,8 +82,8 @@ def latin_of(steps: int, **more: Any) -> TaskOf:
 def base_of(recipe: Recipe) -> Recipe:
     settings: dict[str, Any] = {"rollout_quantization": None, "corrector": NoCorrection()}
     settings |= {
-        "eval_steps": 0,
-        "save_steps": 10**6,
+        "evaluation": {"steps": 0},
+        "saves": {"steps": 10**6},
         "log": {"report_to": None, "completions_steps": 0},
         "learning_rate": 5e-4,
     }

@@ -104,7 +104,7 @@ OTHER_WEIGHTS: dict[str, Corrector] = {
     "tis cap 1.5": TIS(cap=1.5),
     "tis mean 1": MeanOne(num_views=SEGMENTS, num_steps=STEPS),
 }
-SHARED = {"sampler": recipe.sampler.replace(diffusion_steps=STEPS, rank=RandomOrder()), "eval_steps": 5}
+SHARED = {"sampler": recipe.sampler.replace(diffusion_steps=STEPS, rank=RandomOrder()), "evaluation": {"steps": 5}}
 
 
 def arm(

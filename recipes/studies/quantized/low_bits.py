@@ -75,9 +75,8 @@ ARMS: dict[str, dict[str, Any]] = {
 STUDY = Study(
     name="low-bits",
     base=recipe.replace(
-        **QUIET,
+        **QUIET | {"evaluation": {"steps": 0, "batch_size": 145}},
         eval_task=PlainSums(held_out=True, size=289),
-        eval_batch_size=145,
         beta=0.0,
         corrector=NoCorrection(),
     ),

@@ -93,7 +93,7 @@ COLUMNS = ("after", "sampled", "quantized", "quantized, sampled", "int4 weights"
 STUDY = replace(
     low_bits.STUDY,
     name="low-bits-tuned",
-    base=replace(low_bits.STUDY.base, save_steps=12),  # where a stopped run goes on
+    base=low_bits.STUDY.base.replace(saves={"steps": 12}),  # where a stopped run goes on
     arms=TUNED | {HALF: INT4},
     against={"FP8": "unquantized", "int4": "unquantized"}
     | {arm: "int4" for arm in (*TUNED, HALF) if arm.startswith("int4") and arm != "int4"},
@@ -146,7 +146,7 @@ def evaluated(policy: Policy, study: Study, name: str, seed: int) -> dict[str, f
     def rate(policy: Policy, sampler: Any) -> float:
         policy.module.eval()
         base = study.base
-        found = evaluate(policy, base.eval_task, sampler, seed=seed, batch_size=base.eval_batch_size).means
+        found = evaluate(policy, base.eval_task, sampler, seed=seed, batch_size=base.evaluation_batch_size).means
         return found[study.metric]
 
     greedy, drawn = study.base.eval_sampler, study.base.sampler

@@ -54,7 +54,7 @@ from dllm_rl import (
     task_from_dataset,
 )
 from dllm_rl.files import read_json, write_json
-from dllm_rl.groups import Log
+from dllm_rl.groups import Evaluation, Log
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.rng import generator_for
@@ -138,7 +138,7 @@ def after_rl(policy: Policy, rank: Rank, seed: int, folder: Path, num_steps: int
         eval_sampler=sampler,
         likelihood=Trajectory(),
         num_steps=num_steps,
-        eval_steps=0,
+        evaluation=Evaluation(steps=0),
         seed=seed,
         output_dir=str(folder),
         overwrite_output_dir=True,
