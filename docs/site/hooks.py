@@ -14,7 +14,7 @@ STUB = re.compile(r"^from \.(\S+) import (\w+)", re.MULTILINE)
 # Pages of the reference: the packages whose public names each one has.
 REFERENCE = {
     "Training": ("frontend", "recipe", "training", "supervised", "callbacks", "cli", "step"),
-    "Tasks": ("tasks",),
+    "Tasks": ("tasks", "integrations"),
     "Models": ("models",),
     "Samplers": ("samplers",),
     "Quantization": ("quantization",),
