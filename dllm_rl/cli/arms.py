@@ -135,12 +135,12 @@ class OnScreen(Callback):
     """Print an arm's evaluations on the screen of the program that started it."""
 
     def __init__(self, name: str, screen: IO[str]) -> None:
-        self.name, self.screen = name, screen
+        self._arm, self._screen = name, screen  # no settings of the run, in which two arms or seeds would differ
 
     def on_evaluate(self, run: RunControl, metrics: Mapping[str, float]) -> None:
         shown = format_metrics({name.removeprefix("eval/"): value for name, value in metrics.items()})
         print(
-            escape_controls(f"{self.name}: {run.step} of {run.num_steps} steps, {shown}"), file=self.screen, flush=True
+            escape_controls(f"{self._arm}: {run.step} of {run.num_steps} steps, {shown}"), file=self._screen, flush=True
         )
 
     def state(self) -> dict[str, Any]:

@@ -504,7 +504,7 @@ class Comparison:
             caption_justify="left",
             **NARROW,
         )
-        table.add_column("")
+        table.add_column("", overflow="fold")
         for arm in self.arms:
             table.add_column(literal(arm.label), justify="right", overflow="fold")
 

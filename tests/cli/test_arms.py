@@ -4,8 +4,18 @@ from pathlib import Path
 
 from tiny_recipe import tiny_recipe
 
+from dllm_rl.callbacks import RunControl
 from dllm_rl.cli import arms
 from dllm_rl.files import write_json
+from dllm_rl.records import describe
+
+
+def test_what_prints_an_arm_is_no_setting_in_which_arms_or_their_seeds_differ(tmp_path, capsys):
+    first, second = (arms.OnScreen(name, (tmp_path / name).open("w")) for name in "ab")
+    assert describe((first,)) == describe((second,))
+    first.on_evaluate(RunControl(tmp_path, step=2, num_steps=3), {"eval/reward": 0.5})
+    first._screen.close()
+    assert (tmp_path / "a").read_text() == "a: 2 of 3 steps, reward 0.500\n"
 
 
 def test_an_arm_that_does_not_learn_is_named(tmp_path, monkeypatch, capsys):

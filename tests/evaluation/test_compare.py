@@ -297,4 +297,11 @@ def test_the_command_prints_a_table_a_picture_and_a_sentence(tmp_path, capsys, m
     assert (tmp_path / "compare.png").stat().st_size > 10_000
     assert main(["compare", *runs, "--json", "--plot", "other.png"]) == 0
     found = json.loads(capsys.readouterr().out)
+    monkeypatch.setenv("COLUMNS", "60")
+    schemes = ({"class_path": "NVFP4", "init_args": {"from_original": value}} for value in (False, True))
+    for run, scheme in zip("cd", schemes, strict=True):
+        write_run(tmp_path / run, ZERO_TO_NINE, rollout_quantization=scheme)
+    assert main(["compare", "c", "d"]) == 0
+    table = capsys.readouterr().out
+    assert "…" not in table and "rollout_quantization.fr" in table.replace(" ", ""), "names are folded, not cut"
     assert found["compared_with"] == "a" and found["picture"] == "other.png" and (tmp_path / "other.png").exists()
