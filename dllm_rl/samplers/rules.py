@@ -128,8 +128,11 @@ class Rank(_Rule, Record):
         }
         contradicting = self.reads - allowed.get(self.order, self.reads)
         if contradicting:
-            names = ", ".join(sorted(contradicting))
-            raise ValueError(f"rank={self.name} is declared {self.order}, but reads {names}")
+            read, readable = (", ".join(sorted(names)) for names in (contradicting, allowed[self.order]))
+            raise ValueError(
+                f"rank={self.name} is declared {self.order}, but reads {read}; read only {readable}, or declare "
+                "another order, or none"
+            )
 
 
 class FunctionRank(FunctionRecord, Rank):
