@@ -67,6 +67,11 @@ class Callback:
         SFT `eval/loss`.
         """
 
+    def on_progress(self, done: int, total: int) -> None:
+        """Called during each evaluation, also the one before the first step, after each batch: so many of the held-out
+        completions are graded.
+        """
+
     def on_save(self, run: RunControl, folder: Path) -> None:
         """Called after a checkpoint was written; with `saves.in_background`, when the next one is
         due or the run ends."""

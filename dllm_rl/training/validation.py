@@ -30,8 +30,14 @@ def evaluate_with(recipe: Recipe, policy: Policy, task: Task, accelerator: Accel
 
 def evaluation_of(recipe: Recipe, policy: Policy, task: Task, accelerator: Accelerator) -> Evaluation:
     options = {"seed": recipe.seed, "batch_size": recipe.evaluation_batch_size, "accelerator": accelerator}
+
+    def progress(done: int) -> None:
+        for callback in recipe.callbacks if accelerator.is_main_process else ():
+            callback.on_progress(done, len(task))
+
+    options |= {"reward_timeout": recipe.limits.reward_timeout, "progress": progress}
     with process_restored():  # after the methods of a sampler of the user's
-        return evaluate(policy, task, recipe.eval_sampler, reward_timeout=recipe.limits.reward_timeout, **options)
+        return evaluate(policy, task, recipe.eval_sampler, **options)
 
 
 @collective

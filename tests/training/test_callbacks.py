@@ -10,6 +10,7 @@ import pytest
 import torch
 from layouts import published
 from ranks import run_ranks
+from readme import example
 from refusals import refused, refuses
 
 from dllm_rl import (
@@ -26,7 +27,7 @@ from dllm_rl import (
     tiny_masked_lm,
 )
 from dllm_rl.callbacks import RunControl, check_callbacks, state_of
-from dllm_rl.groups import Log, Saves
+from dllm_rl.groups import Evaluation, Log, Saves
 from dllm_rl.models.tiny import tiny_moe
 from dllm_rl.training import hooks, trainer, validation
 
@@ -49,6 +50,21 @@ def run(folder, **settings):
     options = {"max_new_tokens": 2, "num_steps": 6, "train_batch_size": 4, "num_generations": 4, "report_to": "none"}
     options |= {"save_steps": 100, "log": Log(completions_steps=0)}
     return grpo(small_model(), ROWS, close, output_dir=str(folder), **options | settings)
+
+
+def test_the_pages_bar_of_evaluations_shows_each_batch(tmp_path, capsys):
+    page = {}
+    exec(example("Callbacks and trackers"), page)
+    counts = []
+
+    class Bar(page["EvaluationBar"]):
+        def on_progress(self, done, total):
+            counts.append((done, total))
+            super().on_progress(done, total)
+
+    run(tmp_path, num_steps=1, eval_split=5, evaluation=Evaluation(batch_size=2), callbacks=[Bar()])
+    assert counts == [(2, 5), (4, 5), (5, 5)] * 2, "before the first step, and after the last one"
+    assert "held-out 5/5\n" in capsys.readouterr().out
 
 
 class Recorder(Callback):
