@@ -123,6 +123,7 @@ def equal_rewards(rows: Sequence[Mapping[str, float]]) -> Problem | None:
         name = "few mixed groups"
         remedy = "raise the temperature, take prompts of middle difficulty (prompt_source=MixedRewardPrompts()), or "
         remedy += "grade in parts"
+        remedy = remedy if mixed else f"see whether the reward function looks at the completions, {remedy}"
     if risen := has_risen(rows):
         text = f"{seen}; {risen}: stop the run if the task is solved; otherwise {remedy}"
         return Problem(name, "solved or stuck", text)
@@ -168,7 +169,7 @@ def cut_completions(rows: Sequence[Mapping[str, float]]) -> Problem | None:
     if not cut >= ALL_CUT or has_risen(rows) or not (few_mixed or parsed < 0.5):
         return None
     text = (
-        f"in the last {WINDOW} steps {cut:.2g} of the completions were cut at max_new_tokens: raise it, and "
+        f"in the last {WINDOW} steps {100 * cut:.3g} % of the completions were cut at max_new_tokens: raise it, and "
         "diffusion_steps with it, unless your answers have a fixed length"
     )
     return Problem("cut completions", few_mixed.state if few_mixed else "learning slowly", text)

@@ -123,6 +123,18 @@ def test_what_keeps_a_run_from_learning_is_said_and_nothing_else(name):
     assert kept.line().endswith("healthy") == (not said)
 
 
+def test_what_to_do_follows_what_was_seen():
+    """With rewards by the prompt alone no group is mixed, though the mean reward changes."""
+    texts = {}
+    for equal in (1.0, 0.95):
+        (problem,) = learning_problems(series(frac_reward_zero_std=equal, reward=lambda step: step % 3 / 3))
+        texts[equal] = problem.text
+    assert ": see whether the reward function looks at the completions, raise the temperature" in texts[1.0]
+    assert "looks at the completions" not in texts[0.95] and ": raise the temperature" in texts[0.95]
+    cut = learning_problems(series(**{"completions/clipped_ratio": 0.995, "parsed": 0.2}))[0].text
+    assert cut.startswith("in the last 20 steps 99.5 % of the completions were cut at max_new_tokens: ")
+
+
 @pytest.mark.parametrize("name", [name for name, (_, said) in PROBLEMS.items() if "not learning" in str(said)])
 def test_a_dead_run_is_called_so_within_20_steps(name):
     """Those that die after step 10, at step 30."""
