@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dllm_rl import manifest
 from dllm_rl.files import read_json
 from dllm_rl.manifest import Check, verify_if_present
 from dllm_rl.models.base import (
@@ -364,7 +365,7 @@ def load_policy(
 
 def _stored_eval_sampler(folder: Path) -> dict[str, Any] | None:
     """Return, as JSON, the sampler of the evaluations of the run that wrote a checkpoint; None for another folder."""
-    if not (folder / "state.json").is_file():
+    if not all((folder / name).is_file() for name in ("state.json", manifest.NAME)):  # another program's state.json
         return None
     match read_json(folder / "state.json"):
         case {"recipe": {"eval_sampler": dict(stored)}}:

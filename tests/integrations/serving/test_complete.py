@@ -79,9 +79,10 @@ def test_a_sampler_that_only_a_script_can_make_is_named_and_the_default_taken():
         assert policy.complete("1=") == plain
 
 
-def test_what_a_given_policy_has_already_is_refused(tmp_path):
+def test_a_given_policy_gets_the_weights_and_keeps_its_block_size(tmp_path):
     policy = tiny_masked_lm(**DIGITS)
     policy.save_pretrained(tmp_path)
+    (tmp_path / "state.json").write_text("another program's")
     other = tiny_masked_lm(**DIGITS, seed=3)
     assert load_policy(tmp_path, into=other, dtype="bfloat16") is other
     assert {weight.dtype for weight in other.module.parameters()} == {torch.bfloat16}
