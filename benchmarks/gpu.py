@@ -315,8 +315,10 @@ def step(rehearse: bool, device: str, rollouts: str, folder: Path) -> list[Row]:
         torch_compile=not rehearse, task=Varied(main_job.task, ahead=8 if rehearse else 239), validation_task=few,
         eval_task=few, sampler=job.sampler.replace(**given), eval_sampler=job.sampler.replace(**given), **small,
     )  # fmt: skip
-    found = seconds_and_peak(partial(train, recipe), device, repeats=1)
-    remove(folder / "checkpoints")  # 20 GB
+    try:
+        found = seconds_and_peak(partial(train, recipe), device, repeats=1)
+    finally:
+        remove(folder / "checkpoints")  # 20 GB
     steps = read_metrics(folder)
     last, gradients = steps[-1], trained(steps, recipe.train_batch_size * recipe.num_generations)
     times = {name.removeprefix("time/") + ", s": value for name, value in last.items() if name.startswith("time/")}
