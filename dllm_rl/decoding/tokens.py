@@ -614,13 +614,25 @@ def text_of(policy: Policy, ids: Sequence[int], *, continues: bool = True) -> st
     text = tokenizer.decode([*beginning, *ids], skip_special_tokens=not kept, **options)
     if symbol_pattern(tokenizer) is not None:
         return "".join(text.split())
+    if continues and ids and (prefix := _prefix_in_words(tokenizer)) and text.startswith(prefix):
+        is_in_word = tokenizer.convert_ids_to_tokens([ids[0]])[0].startswith(prefix)
+        text = text.removeprefix(prefix) if is_in_word else text
     return text[len(tokenizer.decode(beginning)) :] if beginning else text
 
 
 def reads_otherwise(policy: Policy) -> bool:
     """Return whether `text_of` returns another text than the tokenizer's `decode` without special tokens."""
     tokenizer = policy.tokenizer
-    return bool(symbol_pattern(tokenizer) or text_tokens(policy) or _beginnings(tokenizer) or _drops_spaces(tokenizer))
+    of_tokenizer = (symbol_pattern, _beginnings, _drops_spaces, _prefix_in_words)
+    return bool(text_tokens(policy)) or any(differs(tokenizer) for differs in of_tokenizer)
+
+
+def _prefix_in_words(tokenizer: Tokenizer) -> str:
+    """Return what begins the tokens that continue a word, ## of WordPiece: no text, and `decode` shows it in the first
+    token. "": nothing does.
+    """
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    return str(model.continuing_subword_prefix) if type(model).__name__ == "WordPiece" else ""
 
 
 def _drops_spaces(tokenizer: Tokenizer) -> bool:

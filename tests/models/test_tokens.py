@@ -749,6 +749,20 @@ def test_the_spaces_that_a_model_wrote_are_in_its_text(model, written):
     assert reads_otherwise(policy)
 
 
+@pytest.mark.parametrize(
+    ("written", "text"),
+    [("##5", "5"), ("##a ##5 b", "a5 b"), ("5 ##a", "5a"), ("# # 5", "# # 5"), ("##5 = ##a", "5 =a"), ("", "")],
+)
+def test_a_completion_that_continues_a_word_is_read_without_its_prefix(written, text):
+    """As WordPiece writes it behind a prompt; what a text begins with is shown as it is."""
+    tokens = ["<unk>", "<mask>", "a", "b", "5", "=", "#", "##a", "##5"]
+    policy = fast(models.WordPiece({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
+    policy.tokenizer.backend_tokenizer.decoder = decoders.WordPiece()
+    ids = policy.tokenizer.convert_tokens_to_ids(written.split())
+    assert text_of(policy, ids) == text and reads_otherwise(policy)
+    assert text_of(policy, ids, continues=False) == policy.tokenizer.decode(ids)
+
+
 @pytest.mark.parametrize("kind", MARKED)
 def test_special_tokens_of_answers_are_read_as_they_are_written(kind):
     """In plain texts and the assistant's turns; a user's message has none."""
