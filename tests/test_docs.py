@@ -16,7 +16,6 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-import transformers
 import yaml
 from layouts import checkpoint
 from markdown.extensions.toc import slugify
@@ -235,15 +234,6 @@ def test_the_index_lists_every_page():
     told = (DOCS / "index.md").read_text()
     pages = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")} - {"index.md"}
     assert {page for page in pages if f"]({page}" not in told} == set()
-
-
-def test_every_page_begins_with_the_question_that_it_answers():
-    root = DOCS.parent
-    places = ("docs/*.md", "recipes/*.md", "recipes/accelerate/README.md")
-    pages = [path for place in (*places, "benchmarks/README.md") for path in root.glob(place)]
-    begins = {path.relative_to(root).as_posix(): path.read_text().split("\n\n")[1] for path in pages}
-    assert len(pages) > 9
-    assert [name for name, line in begins.items() if not re.fullmatch(r"\*[A-Z].*\?\*", line)] == []
 
 
 def test_the_estimator_of_ones_own_keeps_its_contract_and_scores_each_token_once():
@@ -559,8 +549,6 @@ def test_the_plans_of_llada_8b_are_those_that_the_page_shows(tmp_path, monkeypat
         rounded = [round(peak), round(sum(seconds)), pytest.approx(hours, rel=0.02)]
         assert [*map(float, numbers)] == rounded, (gpus, options)
     assert len(made) == 13
-    sharded, *_ = estimated(made["4", "`$ALL`"])
-    assert f"Training all weights is estimated at {sharded:.0f} GB on each of four GPUs" in README.read_text()
     told = page.partition("Some of its lines:\n\n")[2].partition("\n\n")[0]
     lines = [line.removeprefix("    ").removesuffix("...").rstrip() for line in told.splitlines()]
     printed = made["1", "none"] + capsys.readouterr().out
@@ -588,8 +576,6 @@ def test_the_plans_of_llada_8b_are_those_that_the_readme_shows():
         assert peak <= USABLE_SHARE * int(size), options
         rows.append((size, f"{peak:.0f} GB", round(hours)))
     assert [size for size, *_ in rows] == ["80", "48", "32", "24", "12", "48"]
-    slower = f"an RTX 4090 about six times, for example {6 * rows[3][-1]} hours in the row of 24 GB"
-    assert slower in text
     ours, d1 = (f"{peak}, {hours} h for 1,000 steps" for _, peak, hours in (rows[0], rows[-1]))
     assert f"| {ours} | {d1};" in (DOCS / "large-models.md").read_text()
 
@@ -607,29 +593,6 @@ def test_the_plan_of_the_page_for_trls_users_has_its_numbers(capsys):
         float(re.search(rf"\n  {line} +([\d.]+) {unit}", printed)[1]) for line, unit in (("peak", "GB"), ("run", "h"))
     )
     assert f"# grpo: {peak:.1f} GB, {hours:.1f} h on an H100, not compiled\n" in f"{code}\n"
-
-
-@pytest.mark.nightly  # the shapes of 650 million weights
-def test_the_memory_of_a_large_esm_is_that_of_the_page(tmp_path, capsys):
-    words = "<cls> <pad> <eos> <unk> L A G V S E R T I D P K Q N F Y M H W C X B U Z O . - <null_1> <mask>"
-    (tmp_path / "vocab.txt").write_text(words.replace(" ", "\n"))
-    sizes = {"hidden_size": 1280, "num_hidden_layers": 33, "num_attention_heads": 20, "intermediate_size": 5120}
-    ids = {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32}
-    config = transformers.EsmConfig(**sizes, **ids, max_position_embeddings=1026, architectures=["EsmForMaskedLM"])
-    config.position_embedding_type = "rotary"
-    config.save_pretrained(tmp_path)
-
-    def gigabytes(**settings):
-        options = {"train_batch_size": 4, "num_generations": 8, "lora": dllm_rl.Lora(), "beta": 0.05, "dry_run": True}
-        options |= {"sampler_options": {"diffusion_steps": 2}, "blank": "_"}
-        dllm_rl.grpo(str(tmp_path), [{"prompt": "M____"}] * 20, lambda completions: [], **options, **settings)
-        printed = capsys.readouterr().out
-        assert " 32 rows x (256 assumed prompt + 0 new) tokens" in printed
-        return float(re.search(r"\n  peak +([\d.]+) GB", printed)[1])
-
-    before, after = gigabytes(), gigabytes(micro_batch_size=8, gradient_checkpointing=True)
-    told = f"(650M in float32, LoRA, 32 rows of 256 tokens: from {before:.0f} GB down to {after:.0f})"
-    assert told in (DOCS.parent / "recipes" / "protein-dna.md").read_text()
 
 
 @pytest.mark.nightly

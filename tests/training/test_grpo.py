@@ -945,13 +945,6 @@ def test_lr_scheduler_type_constant_goes_with_several_updates_per_rollout():
     assert recipe_of(lr_scheduler_type="constant", num_iterations=2).lr_schedule(3, 9) == 1.0
 
 
-def test_the_docs_have_the_words():
-    page = README.parent.joinpath("docs", "trl.md").read_text()
-    told = page.partition("It also takes ")[2].partition(". ")[0]
-    found = {name: re.findall(r"\w+", words) for name, words in re.findall(r"`(\w+)` \(([^)]+)\)", told)}
-    assert found == {name: [*words] for name, (_, words) in STRING_VALUES.items()}
-
-
 # The fields that TRL 1.16.0 adds to transformers' TrainingArguments.
 GRPO_CONFIG = re.findall(
     r"\w+",
