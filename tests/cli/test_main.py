@@ -20,23 +20,6 @@ from dllm_rl.training.trainer import train
 
 pytestmark = pytest.mark.usefixtures("no_rehearsal")
 
-EMPTY = [
-    ["sample", "", "1"],
-    ["evaluate", "model", "", "--task", "sudoku"],
-    *(["evaluate", "model", "--task", "sudoku", f"--{name}", ""] for name in ("path", "output_dir", "plot")),
-    ["grade", "", "--task", "sudoku"],
-    ["doctor", ""],
-    ["verify", ""],
-]
-
-
-@pytest.mark.parametrize("command", EMPTY, ids=" ".join)
-def test_an_empty_name_is_refused_in_one_line(command, capsys):
-    """As a variable that is not set leaves one: a folder's empty name is the present folder."""
-    assert main(command) == 2
-    error = capsys.readouterr().err
-    assert "='' is empty; give a file or folder" in error and error.count("\n") == 1
-
 
 def test_a_word_that_is_no_option_obeys_no_escape_sequence(capsys):
     with pytest.raises(SystemExit) as raised:
@@ -139,14 +122,6 @@ def test_lm_eval_without_the_harness_says_what_to_install(monkeypatch, capsys):
         monkeypatch.delitem(sys.modules, name, raising=False)
     assert main(["lm-eval", "--model", "dllm_rl", "--tasks", "gsm8k"]) == 2
     assert "pip install -e '.[harness]'" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("port", ["65536", "-1", "99999999999999999999", "80.5", "http"])
-def test_a_port_that_cannot_be_is_refused_in_one_line(port, capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(["serve", "no-model", f"--port={port}"])
-    assert ended.value.code == 2
-    assert f"argument --port: {port!r} must be a port from 1 to 65535, or 0 for any free one" in capsys.readouterr().err
 
 
 def test_a_run_that_does_not_exist_is_named_with_those_beside_it(tmp_path, capsys, monkeypatch):

@@ -100,17 +100,3 @@ def test_a_custom_modules_weights_are_the_checkpoints(tmp_path, dtype, kept):
     found = options.open_policy(asked, half_head=True)
     weights, saved = (policy.module.state_dict() for policy in (found, own_policy(seed=1)))
     assert not found.float32_head and all(torch.equal(weights[name], saved[name].to(kept)) for name in saved)
-
-
-@pytest.mark.parametrize(
-    ("maker", "message"),
-    [
-        ("no_such_module:f", "--make_model='no_such_module:f': No module named 'no_such_module'; give MODULE:NAME"),
-        ("own_module:missing", "module 'own_module' has no attribute 'missing'"),
-        ("platform:node", "--make_model 'platform:node' makes a str and no policy; return make_policy(...)"),
-    ],
-)
-def test_what_makes_no_policy_is_refused_in_one_line(maker, message, tmp_path, capsys):
-    assert main(["sample", str(tmp_path), "1=", "--make_model", maker]) == 2
-    err = capsys.readouterr().err
-    assert message in err and err.count("\n") == 1

@@ -447,11 +447,6 @@ def test_what_is_read_back_is_what_was_stored(run):
     assert name == "sudoku" and to_json(Sudoku(**settings)) == wanted["eval_task"]
 
 
-def test_a_model_that_names_no_task_needs_the_option(tmp_path, capsys):
-    assert main(["evaluate", str(tmp_path)]) == 2
-    assert "task" in capsys.readouterr().err
-
-
 def test_a_scripts_task_is_named(monkeypatch):
     for stored in (
         made("mine.Words", seed=1),

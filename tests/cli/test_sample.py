@@ -140,32 +140,6 @@ def test_command_draws_every_step(checkpoint, capsys):
     assert "step 4, 0 masked" in out and "░" not in out.splitlines()[0]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--rank", "best"], "(Confidence, MaxProb, Margin, Entropy, RandomOrder, LeftToRight, PlackettLuce)"),
-        (["--rank", "best"], "rank='best' is not known (Confidence, "),
-        (["--commit", "Threshold"], "--commit Threshold needs --commit.tau"),
-        (["--commit", "Schedule", "--commit.tau", "3"], "--commit.tau is no setting of Schedule; leave it out"),
-        (["--commit", "Threshold", "--commit.tau", "x"], "--commit Threshold: tau='x' is of type str; give float"),
-        (["--commit", "Threshold", "--commit.tau=[1"], "--commit Threshold: tau='[1' is no YAML"),
-        (
-            ["--commit", "Threshold", "--commit.tau", "none"],
-            "--commit Threshold: tau='none' is of type str",
-        ),
-        (["--commit", "Threshold", "--commit.tau", "2e0"], "--commit Threshold: tau=2.0 must lie in (0, 1]"),
-        (["--commit.tau", "0.5"], "--commit.tau needs --commit, the class with this setting"),
-        (["--rank", "PlackettLuce", "--rank.temperature", "1", "--rank.base_rank", "Best"], "base_rank='Best' is not"),
-        (["--cache", "half"], "cache='half' is not known (BlockCache, "),
-        (["--cache", "BlockCache", "--cache.refresh", "2"], "--cache.refresh is no setting of BlockCache"),
-        (["--max_new_tokens", "900"], "max_new_tokens=900"),
-    ],
-)
-def test_command_names_what_is_wrong(checkpoint, capsys, arguments, message):
-    assert cli.main(["sample", checkpoint, "1", *arguments]) == 2
-    assert message in capsys.readouterr().err
-
-
 def test_prompts_that_are_no_text_are_named(checkpoint, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"12\n\xff\n"), encoding="utf-8"))
     assert cli.main(["sample", checkpoint]) == 2
@@ -254,19 +228,3 @@ def test_a_token_that_was_not_drawn_has_no_probability():
     assert found.isnan().any() and not found.isnan().all()
     rows = written_tokens(policy, rollout)
     assert {token["probability"] is None for row in rows for token in row} == {True, False}
-
-
-@pytest.mark.parametrize(
-    ("command", "message"),
-    [
-        ("sample . 1 --quantization.group_size 32", "--quantization.group_size is no option of this command"),
-        ("doctor . --quantization.group_size 64", "--quantization.group_size needs --quantization, the class with"),
-        ("doctor . --rank.temperature 0.5", "--rank.temperature needs --rank, the class with this setting"),
-        ("doctor . --commit.tau 0.7", "--commit.tau is no option of this command"),
-        ("evaluate . --commit.tau 0.7", "--commit.tau needs --commit, the class with this setting"),
-        ("verify . --cache.refresh 4", "--cache.refresh is no option of this command"),
-    ],
-)
-def test_fields_of_a_class_that_is_not_named_are_refused(capsys, command, message):
-    assert cli.main(command.split()) == 2
-    assert message in capsys.readouterr().err

@@ -321,21 +321,6 @@ def test_names_of_ones_own_code_stay_out_of_the_report(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ("--num_prompts 3", "--num_prompts: it is for a run's folder, or with --task; leave it out"),
-        ("--task sudoku --quick", "--quick: a run's folder has no such check; leave it out"),
-        ("--sections text sampling", "--sections sampling is not one of text, sampler"),
-        ("--quick --sections text", "give one of them"),
-        ("--quantization none", "--quantization none has no copy to measure"),
-    ],
-)
-def test_options_that_do_not_fit_are_refused(words, said, tmp_path, capsys):
-    assert main(["doctor", str(tmp_path), *words.split()]) == 2
-    assert said in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
     ("tokens", "completions", "verdict"), [(0.97, 0.8, "ok"), (0.97, 0.5, "look"), (0.9, 0.8, "look")]
 )
 def test_both_effective_sample_sizes_must_be_high(tokens, completions, verdict):
