@@ -19,7 +19,7 @@ from dllm_rl.evaluation.intervals import bootstrap_interval, t_interval
 from dllm_rl.evaluation.results import headline
 from dllm_rl.files import replacing
 from dllm_rl.monitoring.json_lines import current_rows, finite_numbers
-from dllm_rl.monitoring.plots import default_style, draw_curve, import_matplotlib
+from dllm_rl.monitoring.plots import default_style, draw_curve, import_matplotlib, plain_ticks
 from dllm_rl.records import check_is_folder, describe_json, nearest_hint
 from dllm_rl.screen import NARROW, escape_controls, literal, without_middle
 
@@ -609,8 +609,9 @@ class Comparison:
             axis.set(title=PER_STEP[name], xlabel="step")
         if self.has_mismatch:
             axes[2].set_ylim(0, None)
-        for axis in axes:
-            axis.grid(alpha=0.3)
+        axes[1].grid(alpha=0.3)
+        for axis in (axes[0], *axes[2:]):
+            plain_ticks(axis)
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(self.arms))
         title = "\n".join(line for text in self.sentences() for line in textwrap.wrap(text, 30 * count + 50))
         figure.suptitle(escape_controls(title, keep="\n"), fontsize="medium", parse_math=False)

@@ -196,7 +196,6 @@ def draw_run(directory: Path, *, levels: Mapping[str, float] | None = None) -> A
     """
     import_matplotlib()
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     logged = read_metrics(directory)
     is_rl = not logged or "reward" in logged[0]
@@ -225,7 +224,16 @@ def draw_run(directory: Path, *, levels: Mapping[str, float] | None = None) -> A
             axis.set_ylim(-0.02, 1.02)
         axis.set(title=panel.title, xlabel="RL step" if is_rl else "step", ylabel=panel.unit)
     for axis in axes:
-        axis.grid(alpha=0.3)
-        axis.ticklabel_format(axis="y", useOffset=False)  # 0.9999, and not 1 with "-1e-4" above the axis
-        axis.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True, min_n_ticks=1))  # only whole steps
+        plain_ticks(axis)
     return figure
+
+
+def plain_ticks(axis: Any) -> None:
+    """Give axes of a metric over the steps a grid, ticks at whole steps alone, and whole numbers at the ticks: 0.9999,
+    and not 1 with "-1e-4" above the axis.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    axis.grid(alpha=0.3)
+    axis.ticklabel_format(axis="y", useOffset=False)
+    axis.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True, min_n_ticks=1))

@@ -14,6 +14,7 @@ from dllm_rl.evaluation.held_out import grading_of, held_out_row
 from dllm_rl.evaluation.intervals import bootstrap_interval
 from dllm_rl.evaluation.results import Evaluation, GradedAnswer
 from dllm_rl.groups import Best, Log, Saves
+from dllm_rl.monitoring.plots import default_style
 from dllm_rl.records import to_json
 from dllm_rl.tasks import Reward, Sudoku, task_from_dataset
 
@@ -286,6 +287,21 @@ def test_a_metric_that_all_compute_alike_decides(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")  # a font has no picture of the escaped character
+def test_the_pictures_ticks_are_whole_steps_and_whole_numbers(tmp_path):
+    runs = [write_run(tmp_path / name, ZERO_TO_NINE / 1e5 + 0.9999, step=3, learning_rate=name) for name in "ab"]
+    for run in runs:
+        rows = [{"step": step, "rollout_corr/ess": 0.99998 + step / 1e6} for step in range(3)]
+        rows = [row | {"rollout_corr/abs_log_ratio_mean": 0.01} for row in rows]
+        (Path(run) / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    with default_style():
+        figure = compare(runs).draw()
+        figure.draw_without_rendering()
+    over_steps = [axis for axis in figure.axes if axis.get_xlabel() == "step"]
+    assert len(over_steps) == 3
+    for axis in over_steps:
+        assert axis.yaxis.get_offset_text().get_text() == "" and all(tick == round(tick) for tick in axis.get_xticks())
+
+
 def test_the_command_prints_a_table_a_picture_and_a_sentence(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     hostile = write_run(tmp_path / "b\x1b[2J$[bold]", ZERO_TO_NINE + 0.1, learning_rate=0.2)
