@@ -345,7 +345,7 @@ def planned(rehearse: bool, device: str) -> Iterable[Row]:
         fields |= {"validation_task": replace(main_job.validation_task, size=4), "likelihood": OneStep()}
         fields |= {
             "eval_task": replace(main_job.eval_task, size=4),
-            "sft_warmup_steps": 0,
+            "warmup": {"steps": 0},
             "num_steps": 2,
             "bf16": True,
         }
@@ -366,7 +366,7 @@ def mismatch(rehearse: bool, device: str) -> Iterable[Row]:
     from dllm_rl import load_policy
 
     with tempfile.TemporaryDirectory() as folder:
-        few = {"num_steps": 2, "sft_warmup_steps": 5, "sft_warmup_eval_steps": 5} if rehearse else {"num_steps": 60}
+        few = {"num_steps": 2, "warmup": {"steps": 5, "eval_steps": 5}} if rehearse else {"num_steps": 60}
         recipe = main_job.replace(output_dir=folder, **few)
         summary = train(recipe)
         trained(read_metrics(Path(folder)), recipe.train_batch_size * recipe.num_generations)

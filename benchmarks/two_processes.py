@@ -57,7 +57,7 @@ def measure(name: str, steps: int, folder: Path) -> None:
     recipe = importlib.import_module(f"recipes.{name}").recipe
     few = {
         "num_steps": steps,
-        "sft_warmup_steps": 0,
+        "warmup": {"steps": 0},
         "evaluation": {"steps": 10**6},
         "saves": {"steps": 10**6},
     }

@@ -21,6 +21,12 @@ GROUPED = {
     "reward_timeout": "limits.reward_timeout",
     "collective_timeout": "limits.collective_timeout",
     "peer_timeout": "limits.peer_timeout",
+    "sft_warmup_steps": "warmup.steps",
+    "sft_warmup_batch_size": "warmup.batch_size",
+    "sft_warmup_learning_rate": "warmup.learning_rate",
+    "sft_warmup_metric": "warmup.metric",
+    "sft_warmup_target": "warmup.target",
+    "sft_warmup_eval_steps": "warmup.eval_steps",
     "eval_steps": "evaluation.steps",
     "eval_batch_size": "evaluation.batch_size",
 }
@@ -62,6 +68,26 @@ class Log(Record):
         """Names of the trackers."""
         names = map(str.strip, (self.report_to or "none").split(","))
         return [name for name in names if name != "none"]
+
+
+class Warmup(Record):
+    """Supervised steps on the task's solutions before RL, the setting `warmup`.
+
+    Args:
+        steps: Largest number of steps; 0: no warm-up.
+        batch_size: Prompts per step, over all processes.
+        learning_rate: Learning rate.
+        metric: Metric of validation_task that ends the warm-up.
+        target: Value of `metric` that ends the warm-up.
+        eval_steps: Steps between evaluations of `metric`.
+    """
+
+    steps: int = option(default=0, at_least=0)
+    batch_size: int = option(default=64, at_least=1)
+    learning_rate: float = option(default=2e-3, above=0)
+    metric: str = "solve_rate"
+    target: float = 1.0
+    eval_steps: int = option(default=5, at_least=1)
 
 
 class Best(Record):

@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from dllm_rl.algorithms.losses import takes_drawn_steps
 from dllm_rl.algorithms.replay import Replay
+from dllm_rl.groups import Warmup
 from dllm_rl.likelihoods.estimators import EXACT
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import check_mergeable
@@ -62,18 +63,7 @@ class Recipe(StepSettings):
         default=False, help="compute batch-invariantly; stop if a log-prob of rollout and learner differs in any bit"
     )
 
-    sft_warmup_steps: int = option(
-        default=0, help="largest number of supervised steps before RL; 0: no warm-up", at_least=0
-    )
-    sft_warmup_batch_size: int = option(default=64, help="prompts per warm-up step, over all processes", at_least=1)
-    sft_warmup_learning_rate: float = option(default=2e-3, help="learning rate of the warm-up", above=0)
-    sft_warmup_target: float = option(
-        default=1.0, help="end the warm-up when sft_warmup_metric on validation_task reaches this value"
-    )
-    sft_warmup_metric: str = option(default="solve_rate", help="metric of validation_task that ends the warm-up")
-    sft_warmup_eval_steps: int = option(
-        default=5, help="warm-up steps between evaluations of sft_warmup_metric", at_least=1
-    )
+    warmup: Warmup = option(default=Warmup(), help="supervised steps on solutions before RL; without steps: none")
 
     dry_run: Literal[False, True, "A100", "H100", "H200"] = option(
         default=False,
@@ -178,8 +168,8 @@ class Recipe(StepSettings):
             (self.saves.in_background, f"saves.in_background=True {no_copy} saves.in_background=False"),
             (bool(self.rollout_workers), f"rollout_workers={self.rollout_workers} {no_copy} rollout_workers=0"),
             (
-                self.sft_warmup_steps > 0,
-                f"sft_warmup_steps={self.sft_warmup_steps} trains all weights, and {base} freezes them: warm up in a "
+                self.warmup.steps > 0,
+                f"warmup.steps={self.warmup.steps} trains all weights, and {base} freezes them: warm up in a "
                 "run without it, and take its checkpoint",
             ),
         ]

@@ -8,6 +8,7 @@ numbers that are rightly used.
 from functools import partial
 
 from dllm_rl import Float8WeightOnly, MaxProb, Recipe, Trajectory, Unmask, main
+from dllm_rl.groups import Warmup
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.tasks import Countdown
 
@@ -27,10 +28,7 @@ recipe = Recipe(
     train_batch_size=32,
     num_steps=300,
     learning_rate=5e-4,
-    sft_warmup_steps=600,
-    sft_warmup_target=0.08,
-    sft_warmup_metric="accuracy",
-    sft_warmup_eval_steps=20,
+    warmup=Warmup(steps=600, target=0.08, metric="accuracy", eval_steps=20),
 )
 
 if __name__ == "__main__":

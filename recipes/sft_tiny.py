@@ -1,7 +1,7 @@
 """A small masked-diffusion model, made here, learns 4x4 Sudoku from solved puzzles: what RL may start from.
 
 python recipes/sft_tiny.py
-python recipes/sudoku_unique.py --model runs/sft-tiny-seed0/checkpoints/step-000150 --sft_warmup_steps 0
+python recipes/sudoku_unique.py --model runs/sft-tiny-seed0/checkpoints/step-000150 --warmup.steps 0
 """
 
 from functools import partial

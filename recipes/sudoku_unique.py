@@ -27,7 +27,7 @@ from functools import partial
 from typing import Any
 
 from dllm_rl import Autoregress, Causal, Float8WeightOnly, MaxProb, Recipe, Trajectory, Unmask, main
-from dllm_rl.groups import Evaluation
+from dllm_rl.groups import Evaluation, Warmup
 from dllm_rl.models.tiny import tiny_diffusion_gemma, tiny_llama, tiny_masked_lm, tiny_moe
 from dllm_rl.samplers import Renoise
 from dllm_rl.tasks import Sudoku
@@ -38,14 +38,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "masked": {"model": partial(tiny_masked_lm, characters="1234.=")},
     "llada": {
         "model": partial(tiny_llama, characters="1234.=", causal=False),
-        "sft_warmup_steps": 400,
-        "sft_warmup_target": 0.3,
+        "warmup": {"steps": 400, "target": 0.3},
         "num_steps": 500,
     },
     "llada_moe": {
         "model": partial(tiny_moe, characters="1234.="),
-        "sft_warmup_steps": 400,
-        "sft_warmup_target": 0.25,
+        "warmup": {"steps": 400, "target": 0.25},
         "num_steps": 180,
         "max_retained_graphs": 2,
     },
@@ -54,14 +52,14 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "sampler": Autoregress(max_new_tokens=16, temperature=1.0),
         "eval_sampler": Autoregress(max_new_tokens=16, temperature=0.0),
         "likelihood": Causal(),
-        "sft_warmup_steps": 600,
+        "warmup": {"steps": 600},
     },
     "diffusion_gemma": {
         "model": partial(tiny_diffusion_gemma, characters="1234.=", canvas_length=16),
         "sampler": renoise_in_four.replace(answer="drawn", entropy_bound=math.inf),
         "eval_sampler": renoise_in_four,
         "likelihood": Trajectory(self_conditioning="full"),
-        "sft_warmup_steps": 300,
+        "warmup": {"steps": 300},
         "max_retained_graphs": 4,
         "num_steps": 240,
     },
@@ -80,8 +78,7 @@ def recipe_of(layout: str = "masked") -> Recipe:
         eval_sampler=unmask_in_two.replace(temperature=0.0),
         likelihood=Trajectory(),
         rollout_quantization=Float8WeightOnly(),
-        sft_warmup_steps=200,
-        sft_warmup_target=0.2,
+        warmup=Warmup(steps=200, target=0.2),
         num_steps=360,
         evaluation=Evaluation(steps=60),
     )

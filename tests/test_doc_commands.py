@@ -91,7 +91,7 @@ def test_published_methods_are_options():
     assert len(rows) == told.count("\n### ") > 10
     for options in rows:
         try:
-            from_command_line(recipe_of("RECIPE.py"), ["--sft_warmup_steps", "0", *shlex.split(options)])
+            from_command_line(recipe_of("RECIPE.py"), ["--warmup.steps", "0", *shlex.split(options)])
         except SystemExit:
             pytest.fail(options)
 

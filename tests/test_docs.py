@@ -21,6 +21,7 @@ from layouts import checkpoint
 from markdown.extensions.toc import slugify
 from readme import README, example
 from servers import TOKEN, running
+from tiny_recipe import made_of
 
 import dllm_rl
 from dllm_rl.config import from_command_line
@@ -185,7 +186,9 @@ def test_chats_then_rewards_are_two_starts_of_one_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     made = []
     monkeypatch.setattr(
-        dllm_rl, "sft", lambda *given, **more: made.append((given, dllm_rl.SFT(model=given[0], dataset=rows, **more)))
+        dllm_rl,
+        "sft",
+        lambda *given, **more: made.append((given, made_of(dllm_rl.SFT, model=given[0], dataset=rows, **more))),
     )
     runpy.run_path(both)
     (start, chats), first = made.pop()

@@ -56,9 +56,9 @@ MAY_IMPORT = {
     "samplers monitoring checkpoints",
     "step": "device rng records types tasks algorithms distributed models decoding settings quantization likelihoods "
     "samplers monitoring",
-    "supervised": "records types tasks algorithms distributed models decoding settings likelihoods",
+    "supervised": "records types tasks algorithms distributed models decoding settings likelihoods groups",
     # floor 6
-    "recipe": "records tasks algorithms models settings quantization likelihoods samplers step",
+    "recipe": "records tasks algorithms models settings quantization likelihoods samplers step groups",
     # floor 7
     "presets": "screen records algorithms models likelihoods samplers recipe groups",
     "training": "device files identity manifest rng screen records versions types tasks algorithms callbacks "

@@ -10,7 +10,7 @@ from readme import README
 from dllm_rl import Reward
 from dllm_rl.monitoring.json_lines import current_rows
 
-SHORT = "--sft_warmup_steps 5 --num_steps 2 --train_batch_size 8 --num_generations 4 --log.steps 1"
+SHORT = "--warmup.steps 5 --num_steps 2 --train_batch_size 8 --num_generations 4 --log.steps 1"
 
 
 @pytest.fixture

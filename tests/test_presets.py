@@ -147,8 +147,8 @@ def test_options_stand_above_a_preset_and_sft_has_none(capsys):
     capsys.readouterr()
     with pytest.raises(SystemExit):
         from_command_line(sudoku_unique.recipe, ["--preset", "d1"])
-    assert capsys.readouterr().err.startswith("error: sft_warmup_steps=200 trains all weights, and base_quantization=")
-    for resolved in (["--sft_warmup_steps", "0"], ["--base_quantization", "none"]):
+    assert capsys.readouterr().err.startswith("error: warmup.steps=200 trains all weights, and base_quantization=")
+    for resolved in (["--warmup.steps", "0"], ["--base_quantization", "none"]):
         recipe = from_command_line(sudoku_unique.recipe, [*resolved, "--preset", "d1"])
         assert recipe.replace() == recipe and recipe.beta == 0.04
     with pytest.raises(SystemExit):

@@ -42,7 +42,7 @@ def test_every_example_runs(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_module_of_ones_own_is_trained_and_opened_again(tmp_path, monkeypatch):
     text = (README.parent / "recipes/examples/own_module.py").read_text()
-    (tmp_path / "own.py").write_text(text.replace("num_steps=60", "num_steps=2, sft_warmup_steps=2"))
+    (tmp_path / "own.py").write_text(text.replace("num_steps=60", "num_steps=2, warmup=base.warmup.replace(steps=2)"))
     monkeypatch.chdir(tmp_path)
     with torch.random.fork_rng(devices=[]):
         made = runpy.run_path(str(tmp_path / "own.py"), run_name="__main__")

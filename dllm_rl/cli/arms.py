@@ -64,11 +64,11 @@ def train_arms(arms: Mapping[str, Recipe], *, output_dir: str | None = None) -> 
     torch.set_num_threads(1)  # the arms share the cores, and other numbers of threads round differently
     forkserver.ensure_running()  # it imports during the warm-up
     model = {}
-    if first.sft_warmup_steps:
+    if first.warmup.steps:
         warm = train(first.replace(num_steps=0, evaluation={"steps": 0}, output_dir=str(folder)))
-        model = {"model": warm["checkpoint"], "sft_warmup_steps": 0}
+        model = {"model": warm["checkpoint"], "warmup": {"steps": 0}}
     placed = {
-        name: replace(arm, **model, name=f"{first.name}-{name}", output_dir=str(folder / name))
+        name: arm.replace(**model, name=f"{first.name}-{name}", output_dir=str(folder / name))
         for name, arm in arms.items()
     }
     print(f"The arms train side by side; what they print is in {folder}/ARM/log.txt.", flush=True)

@@ -64,7 +64,7 @@ def main(recipe: Recipe | SFT, *, features: "Sequence[StepFeature]" = ()) -> "Su
         recipe = from_command_line(recipe)
         # Printed before the imports, which take seconds.
         if os.environ.get("RANK", "0") == "0" and (isinstance(recipe, SFT) or not recipe.dry_run):
-            warmup = f"up to {recipe.sft_warmup_steps} warm-up steps, then " if recipe.sft_warmup_steps else ""
+            warmup = f"up to {recipe.warmup.steps} warm-up steps, then " if recipe.warmup.steps else ""
             plan = f"{recipe.name}, seed {recipe.seed}: {warmup}{recipe.num_steps} steps"
             plan += f", into {recipe.output_dir}" if recipe.output_dir else ""  # else `train` chooses and prints it
             if isinstance(recipe, Recipe) and recipe.rollout_quantization is not None:

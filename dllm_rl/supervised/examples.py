@@ -318,9 +318,7 @@ def _joined(
 def check_no_blanks(problems: Sequence[Problem]) -> None:
     """Raise ValueError if a problem has blanks, which a warm-up cannot learn. It needs no model."""
     if any(problem.blank is not None for problem in problems):
-        raise ValueError(
-            "a problem has blanks, and the warm-up appends solutions to the prompt; use sft_warmup_steps=0"
-        )
+        raise ValueError("a problem has blanks, and the warm-up appends solutions to the prompt; use warmup.steps=0")
 
 
 def solution_examples(policy: Policy, problems: Sequence[Problem], *, max_new_tokens: int) -> list[Example]:

@@ -2,6 +2,7 @@
 
 from typing import Any, cast
 
+from dllm_rl.groups import Warmup
 from dllm_rl.records import option
 from dllm_rl.settings import Settings, documented
 from dllm_rl.tasks.datasets import digest_of
@@ -45,7 +46,7 @@ class SFT(Settings):
     # What a run asks of RL's settings of these names. Without annotations, they are not fields.
     shard_size = 1
     dry_run = False
-    sft_warmup_steps = 0
+    warmup = Warmup()
     beta = 0.0
     torch_compile = False
     teacher = cast(Any, None)

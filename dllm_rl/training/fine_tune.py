@@ -136,7 +136,7 @@ def fine_tune(recipe: SFT) -> Summary:
     take_steps(run, partial(take_step, run, training), evaluate_if_due)
     load_best(run, lambda folder, saved_state: _load_policy(recipe, accelerator, folder, saved_state)[0])
     eval_after = evaluate()
-    start = as_written(model=run.checkpoint, sft_warmup_steps=0)
+    start = as_written(**{"model": run.checkpoint, "warmup.steps": 0})
     if has_custom_module(run):
         start = f"load_policy({run.checkpoint!r}, into=policy) in the function that is the model"
     return write_summary(

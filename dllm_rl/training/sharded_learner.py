@@ -52,8 +52,10 @@ def check_processes(recipe: AnyRecipe, processes: int) -> None:
     """Raise ValueError if the processes cannot share a batch equally, or on a setting that a sharded learner cannot
     have, before anything is loaded.
     """
-    for name in ("train_batch_size", "sft_warmup_batch_size") if recipe.sft_warmup_steps else ("train_batch_size",):
-        batch_size = getattr(recipe, name)
+    sizes = {"train_batch_size": recipe.train_batch_size}
+    for name, batch_size in (
+        sizes | ({"warmup.batch_size": recipe.warmup.batch_size} if recipe.warmup.steps else {})
+    ).items():
         if batch_size % processes:
             lower_multiple = batch_size // processes * processes
             nearest = f"{f'{lower_multiple}, ' if lower_multiple else ''}{lower_multiple + processes}"
@@ -66,7 +68,7 @@ def check_processes(recipe: AnyRecipe, processes: int) -> None:
     if size == 1 or not isinstance(recipe, Recipe):
         return
     conflicts = {
-        f"sft_warmup_steps={recipe.sft_warmup_steps} with lora": recipe.sft_warmup_steps
+        f"warmup.steps={recipe.warmup.steps} with lora": recipe.warmup.steps
         and recipe.lora is not None
         and "adapters cannot be added to sharded weights: warm up without adapters in a separate run, and start from "
         "its checkpoint",

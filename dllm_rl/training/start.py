@@ -89,7 +89,7 @@ def start(recipe: Recipe, pool: WorkerPool | None = None, features: Sequence[Ste
     for field in ("task", "validation_task", "eval_task"):
         check_not_empty(field, getattr(recipe, field))
     check_metric_names(recipe)
-    if recipe.sft_warmup_steps and not recipe.resume_from_checkpoint:
+    if recipe.warmup.steps and not recipe.resume_from_checkpoint:
         check_no_blanks([recipe.task[0]])  # the model may be a function that trains for minutes
     validation_interval(recipe)  # raises ValueError if a metric that is needed would never be measured
     if not recipe.rollout_workers or os.environ.get("RANK", "0") != "0":

@@ -66,8 +66,8 @@ def format_change(before: dict[str, float], after: dict[str, float]) -> str:
 
 def needed_metrics(recipe: Recipe) -> dict[str, str]:
     """Return the metrics of `validation_task` that the recipe needs, by the setting that names them in messages."""
-    warmup = {f"sft_warmup_metric={recipe.sft_warmup_metric!r}": recipe.sft_warmup_metric}
-    return recipe.evaluated_metrics | (warmup if recipe.sft_warmup_steps else {})
+    warmup = {f"warmup.metric={recipe.warmup.metric!r}": recipe.warmup.metric}
+    return recipe.evaluated_metrics | (warmup if recipe.warmup.steps else {})
 
 
 def check_metric_names(recipe: Recipe) -> None:

@@ -90,6 +90,8 @@ def group_fields() -> dict[str, list[tuple[str, str, str]]]:
                 shown = "required" if value is None else f"`{ast.unparse(value)}`"
                 meaning = " ".join(meanings[node.target.id].split())
                 found.setdefault(record.name, []).append((node.target.id, shown, meaning))
+                inner = found.get(ast.unparse(node.annotation).partition(" ")[0], [])  # of a class above: `saves.best`
+                found[record.name] += [(f"{node.target.id}.{name}", *rest) for name, *rest in inner]
     return found
 
 

@@ -3,7 +3,7 @@
 python recipes/examples/infill_digits.py
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from dllm_rl import Problem, Reward, Unmask, main, tiny_masked_lm
@@ -29,11 +29,10 @@ class Missing:
 
 
 fill = Unmask(max_new_tokens=0, suppress=(0, 2))  # neither padding nor the end token
-recipe = replace(
-    base,
+recipe = base.replace(
     name="missing",
     model=partial(tiny_masked_lm, characters="0123456789"),
-    sft_warmup_steps=0,  # the warm-up refuses blanks
+    warmup={"steps": 0},  # the warm-up refuses blanks
     num_steps=60,
     learning_rate=3e-3,
     task=Missing(range(10)),

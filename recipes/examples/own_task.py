@@ -4,7 +4,7 @@ python recipes/examples/own_task.py
 dllm-rl evaluate runs/sorting-seed0 --task recipes.examples.own_task:held_out
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from dllm_rl import Problem, Reward, Unmask, main, tiny_masked_lm
@@ -38,11 +38,10 @@ def held_out():  # what `dllm-rl evaluate --task` calls, without arguments
     return Sorting(range(2, 10_000, 33))
 
 
-recipe = replace(
-    base,
+recipe = base.replace(
     name="sorting",
     model=partial(tiny_masked_lm, characters="0123456789="),
-    sft_warmup_metric="accuracy",
+    warmup={"metric": "accuracy"},
     num_steps=60,
     task=Sorting(range(0, 10_000, 3)),
     validation_task=Sorting(range(1, 10_000, 33)),

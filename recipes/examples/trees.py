@@ -149,8 +149,7 @@ class Distinct:
 
 write = Unmask(max_new_tokens=5, diffusion_steps=5, temperature=1.0, rank=MaxProb(), suppress=(0, 2))
 tree = Tree(**{field.name: getattr(write, field.name) for field in fields(write)}, branches=4, step=2)
-recipe = replace(
-    base,
+recipe = base.replace(
     name="trees",
     model=partial(tiny_masked_lm, characters="123456=", hidden_size=64, num_layers=2),
     task=Distinct(),
@@ -161,7 +160,7 @@ recipe = replace(
     likelihood=Trajectory(include_order=False),
     advantages=LeaveOneOut(),
     rollout_quantization=None,
-    sft_warmup_steps=0,
+    warmup={"steps": 0},
     train_batch_size=8,
     num_generations=16,
     max_retained_graphs=5,

@@ -77,7 +77,7 @@ recipe = base.replace(
     prompt_source=MoreWhereMixed(),
     advantages=LeaveOneOut(),
     eval_task=replace(base.eval_task, size=100),
-    sft_warmup_steps=120,
+    warmup={"steps": 120},
     train_batch_size=8,
     num_steps=25,
     evaluation={"steps": 0},

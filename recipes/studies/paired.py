@@ -74,7 +74,7 @@ class Study:
 
 def by_seed(base: Recipe) -> bool:
     """Has each seed a model of its own that its arms share: a warmed-up one, or one that is a function of the seed?"""
-    return bool(base.sft_warmup_steps) or (callable(base.model) and "seed" in signature(base.model).parameters)
+    return bool(base.warmup.steps) or (callable(base.model) and "seed" in signature(base.model).parameters)
 
 
 def warm_up(base: Recipe, seed: int, folder: Path) -> Path:
@@ -149,7 +149,7 @@ def train_one(
     folder = root / "runs" / path.stem
     settings: dict[str, Any] = {
         "name": f"{study.name}-{path.stem}",
-        "sft_warmup_steps": 0,
+        "warmup": {"steps": 0},
         "seed": seed,
         "num_steps": num_steps,
         "evaluation": {"steps": 0},

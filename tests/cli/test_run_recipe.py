@@ -57,7 +57,7 @@ def test_a_refused_run_deletes_nothing(tmp_path, rehearsal):
     bad = {"overwrite_output_dir": True, "sft_warmup_steps": 2, "sft_warmup_metric": "solved"}
     with pytest.raises(
         ValueError,
-        match=r"sft_warmup_metric='solved' is not one of the metrics of validation_task: cell_accuracy, .*solve_rate",
+        match=r"warmup\.metric='solved' is not one of the metrics of validation_task: cell_accuracy, .*solve_rate",
     ):
         train(small(tmp_path / "run", **bad))
     assert sorted(path for path in (tmp_path / "run").rglob("*")) == before
@@ -85,7 +85,7 @@ def test_one_process_names_the_run_for_all(tmp_path, monkeypatch, capsys, rank, 
 
 
 def test_the_first_line_names_the_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["recipe.py", "--num_steps", "1", "--sft_warmup_steps", "2"])
+    monkeypatch.setattr(sys, "argv", ["recipe.py", "--num_steps", "1", "--warmup.steps", "2"])
     monkeypatch.setattr("dllm_rl.training.trainer.train", lambda recipe, features: None)
     main(small(tmp_path / "run"))
     (first,) = capsys.readouterr().out.splitlines()

@@ -15,7 +15,7 @@ from tiny_recipe import with_changes
 
 from dllm_rl.algorithms.correctors import TIS, NoCorrection
 from dllm_rl.algorithms.losses import Reinforce
-from dllm_rl.groups import Log
+from dllm_rl.groups import Log, Warmup
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.models.tiny import tiny_masked_lm
@@ -55,7 +55,7 @@ def recipe(tmp_path, likelihood, **changes) -> Recipe:
         num_iterations=2,
         num_steps=1,
         beta=0.05,
-        sft_warmup_steps=0,
+        warmup=Warmup(steps=0),
         log=Log(completions_steps=0, report_to=None),
         output_dir=str(tmp_path / "run"),
     )

@@ -12,7 +12,7 @@ from dllm_rl.rng import generator_for
 from dllm_rl.training.trainer import train
 from recipes.countdown_tiny import recipe, small_numbers
 
-SHORT = "--sft_warmup_steps 2 --num_steps 2 --train_batch_size 2 --num_generations 4"
+SHORT = "--warmup.steps 2 --num_steps 2 --train_batch_size 2 --num_generations 4"
 FEW = "--eval_task.size 8 --validation_task.size 8"
 
 

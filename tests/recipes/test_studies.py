@@ -52,7 +52,7 @@ def test_an_arm_runs(name, tmp_path):
     if not paired.by_seed(study.base):
         pytest.skip("its model is downloaded, or left by another run")
     few = {"train_batch_size": 2, "num_generations": 4, "report_to": None, "log_completions_steps": 0}
-    few |= {"sft_warmup_steps": min(2, study.base.sft_warmup_steps), "output_dir": str(tmp_path)}
+    few |= {"sft_warmup_steps": min(2, study.base.warmup.steps), "output_dir": str(tmp_path)}
     for task in ("validation_task", "eval_task"):
         if hasattr(getattr(study.base, task), "size"):
             few[task] = dataclasses.replace(getattr(study.base, task), size=4)

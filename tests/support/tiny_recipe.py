@@ -35,7 +35,7 @@ def made_of(kind, **settings):
 def tiny_recipe(directory, **changes):
     """Two steps of four prompts with four completions each, on an untrained model: rewards are dense and varied. No
     tables of completions, and no tracker, which cost a twelfth of such a run."""
-    base = replace(
+    base = with_changes(
         main_job,
         name="tiny",
         model=partial(tiny_masked_lm, **SIZES),

@@ -851,7 +851,7 @@ def test_trls_learning_rates_are_those_of_transformers(name, warmup):
         optimizer.step()
         theirs.step()
     assert [recipe.update_settings(step).learning_rate for step in range(8)] == pytest.approx(rates)
-    assert recipe.sft_warmup_steps == 0, "Recipe's counts supervised steps"
+    assert recipe.warmup.steps == 0, "Recipe's counts supervised steps"
 
 
 @pytest.mark.parametrize("warmup", [0, 3])

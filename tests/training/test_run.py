@@ -158,7 +158,7 @@ def test_weights_without_a_copy_on_the_host_are_refused(tmp_path):
         small(tmp_path, async_save=True, base_quantization="nf4", lora=Lora())
     with pytest.raises(ValueError, match="rollout_workers=1 cannot be combined with base_quantization='int8', whose"):
         small(tmp_path, rollout_workers=1, base_quantization="int8", lora=Lora())
-    with pytest.raises(ValueError, match="sft_warmup_steps=2 trains all weights, and base_quantization='nf4' freezes"):
+    with pytest.raises(ValueError, match=r"warmup\.steps=2 trains all weights, and base_quantization='nf4' freezes"):
         small(tmp_path, sft_warmup_steps=2, base_quantization="nf4", lora=Lora())
 
 

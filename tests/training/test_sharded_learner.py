@@ -209,7 +209,7 @@ def test_slurm_gives_its_gpus_back_where_ray_does_not_start(tmp_path, commands, 
         ({"shard_size": 3}, "shard_size=3 must divide the 4 processes"),
         (
             {"sft_warmup_steps": 5, "lora": Lora()},
-            "sft_warmup_steps=5 with lora cannot be combined with shard_size=2",
+            "warmup.steps=5 with lora cannot be combined with shard_size=2",
         ),
         ({"zero_mismatch": True, "rollout_quantization": None}, "zero_mismatch=True cannot be combined"),
         ({"optim": AdamW8bit()}, r"optim=AdamW8bit\(\) cannot be combined"),

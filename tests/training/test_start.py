@@ -25,7 +25,7 @@ from dllm_rl.training.trainer import train
 def test_batches_that_three_processes_cannot_share_are_refused(tmp_path, changes):
     recipe = tiny_recipe(tmp_path, **{"train_batch_size": 6, "sft_warmup_batch_size": 64, **changes})
     said = {8: "train_batch_size=8 .* 3 processes; the nearest are: 6, 9", 2: "the nearest are: 3"}
-    with pytest.raises(ValueError, match=said.get(recipe.train_batch_size, "sft_warmup_batch_size=64 .*: 63, 66")):
+    with pytest.raises(ValueError, match=said.get(recipe.train_batch_size, r"warmup\.batch_size=64 .*: 63, 66")):
         check_processes(recipe, 3)
     check_processes(with_changes(recipe, train_batch_size=9, sft_warmup_steps=0), 3)
 

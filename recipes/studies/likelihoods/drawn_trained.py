@@ -161,7 +161,7 @@ def certain_start(study: Study, root: Path, steps: int, seed: int) -> Path:
     folder = root / "certain" / str(seed)
     if not (folder / "summary.json").exists():
         settings = arms_of("certain", steps, DECIDES)[f"certain, {steps}: unquantized: segments"]
-        settings |= {"model": str(warm_up(study.base, seed, root / "warm" / str(seed))), "sft_warmup_steps": 0}
+        settings |= {"model": str(warm_up(study.base, seed, root / "warm" / str(seed))), "warmup": {"steps": 0}}
         settings |= {
             "num_steps": CERTAIN_AFTER,
             "evaluation": {"steps": 0},

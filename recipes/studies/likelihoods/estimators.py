@@ -99,7 +99,7 @@ def measure(root: Path, *, draws: int, gradient_draws: int, prompts: int, group:
     after = root / "after-20-steps"
     if not (after / "summary.json").exists():
         settings = {"num_steps": 20, "saves": {"steps": 10**6}, "output_dir": str(after), "overwrite_output_dir": True}
-        train(plain.replace(model=str(start), sft_warmup_steps=0, **settings))
+        train(plain.replace(model=str(start), warmup={"steps": 0}, **settings))
     current = load_policy(list_checkpoints(after / "checkpoints")[-1][1])
     stream = torch.Generator().manual_seed(7)
     problems = [base.task[i] for i in range(prompts)]

@@ -286,7 +286,7 @@ def measure(study: Study, root: Path) -> None:
     warm = warm_up(study.base, TUNED_ON[0], root / "tuning" / "warm" / str(TUNED_ON[0]))
     few = {
         "model": str(warm),
-        "sft_warmup_steps": 0,
+        "warmup": {"steps": 0},
         "num_steps": 8,
         "evaluation": {"steps": 0},
         "log": {"report_to": None},

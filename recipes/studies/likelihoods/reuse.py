@@ -197,7 +197,7 @@ def train_phases(
             "callbacks": [clock],
             "lr_schedule": clock.schedule,
             "num_steps": 10**4,
-            "sft_warmup_steps": 0,
+            "warmup": {"steps": 0},
             "output_dir": str(folder / str(phase)),
             "overwrite_output_dir": True,
         }

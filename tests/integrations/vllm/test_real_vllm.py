@@ -176,7 +176,7 @@ def test_a_run_whose_server_restarts_saves_its_last_step_and_goes_on(tmp_path, m
 
 def test_a_run_that_was_killed_goes_on_and_leaves_no_process(tmp_path, engine):
     """A signal that cannot be handled: vLLM's process must notice that its run is gone."""
-    options = ["--num_steps", "6", "--output_dir", str(tmp_path), "--saves.steps", "1", "--sft_warmup_steps", "0"]
+    options = ["--num_steps", "6", "--output_dir", str(tmp_path), "--saves.steps", "1", "--warmup.steps", "0"]
     command = [sys.executable, "recipes/engines/vllm_sudoku.py", *options, "--train_batch_size", "2"]
     if isinstance(engine, VLLMServer):
         command += ["--rollout_engine", "VLLMServer", "--rollout_engine.url", engine.url]

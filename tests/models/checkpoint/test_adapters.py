@@ -649,7 +649,7 @@ def test_two_steps_then_resume_and_merge(tmp_path, kind, fields):
     assert moved
     if "lora" in kind:
         assert all(".layers." in name and "norm" not in name for name in moved)
-        base = run.model() if not run.sft_warmup_steps else load_policy(tmp_path / "run/reference")
+        base = run.model() if not run.warmup.steps else load_policy(tmp_path / "run/reference")
         load_adapter(base, folders[2] / "adapter")
         merge_lora(base)
         assert all(torch.equal(base.module.state_dict()[name], tensor) for name, tensor in last.items())
