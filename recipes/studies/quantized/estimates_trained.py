@@ -155,7 +155,7 @@ STUDY = Study(
     seeds=len(SEEDS),
     num_steps=60,
 )
-ON_PAGE = ("decides",)  # parts with tables on the page
+ON_PAGE = ("decides", "controls")  # parts with tables on the page
 Claims = Mapping[str, Sequence[float]]
 BOTH = {"greedy": "after", "temperature 1": "sampled"}  # how the learner is evaluated
 
