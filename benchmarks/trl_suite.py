@@ -69,8 +69,9 @@ def make_models(folder: Path) -> None:
     mixture.tokenizer.chat_template = policy.tokenizer.chat_template
     mixture.save_pretrained(folder / "mixture")
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    # One token more, because a test names a padding token that the tokenizer does not have.
     config = transformers.Qwen2Config(
-        vocab_size=len(policy.tokenizer), num_key_value_heads=2, num_labels=1, pad_token_id=policy.pad_id, **sizes
+        vocab_size=len(policy.tokenizer) + 1, num_key_value_heads=2, num_labels=1, pad_token_id=policy.pad_id, **sizes
     )
     torch.manual_seed(0)
     transformers.Qwen2ForSequenceClassification(config).save_pretrained(folder / "reward")
