@@ -80,7 +80,7 @@ NEAREST = {
     "gradient_checkpointing": "enable_gradient_checkpointing",
     "learning_rate": "lr",
     "likelihood": "p_mask_prompt",
-    "log=Log(completions_steps=...)": "log_completions",
+    "log={'completions_steps': ...}": "log_completions",
     "loss=PPOClip(epsilon=...)": "clip_ratio clip_ratio_low",
     "loss=PPOClip(epsilon_high=...)": "clip_ratio_high",
     "loss=PPOClip(delta=...)": "clip_ratio_c",
@@ -272,7 +272,7 @@ def unknown(name: str, known: Set[str], given: str | None = None) -> str:
     """Return a name that is no setting, or as it was `given`, with what is nearest to it."""
     if name in Recipe.GROUPED:
         group, _, field = Recipe.GROUPED[name].partition(".")
-        return f"{given or name} (give {group}={group.capitalize()}({field}=...))"
+        return f"{given or name} (give {group}={{'{field}': ...}})"
     if name in REMEDIES:
         return f"{given or name} (the nearest is {REMEDIES[name]})"
     return (given or name) + with_nearest(name, known).removeprefix(name)

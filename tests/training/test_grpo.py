@@ -555,6 +555,7 @@ def test_verls_names_get_the_translation_of_the_page(name, ours, written):
         ("custom_reward_function.path", r"custom_reward_function.path \(the nearest is reward_funcs\)"),
         ("data.val_files", r"data.val_files \(the nearest is eval_dataset\)"),
         ("trainer.n_gpus_per_node", r".*\(the nearest is accelerate launch --num_processes\)"),
+        ("rollout.collective_timeout", r".*\(give limits=\{'collective_timeout': ...\}\)"),
         ("trainer.qqq", "trainer.qqq;"),
     ],
 )
