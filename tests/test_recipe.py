@@ -15,6 +15,7 @@ from dllm_rl.algorithms import correctors
 from dllm_rl.algorithms.correctors import TIS, NoCorrection
 from dllm_rl.algorithms.losses import CISPO, GSPO, K2, PPOClip, Reinforce, SequenceMean, TokenMean, TrustBand
 from dllm_rl.config import from_command_line
+from dllm_rl.groups import GROUPED, Best, Log, Saves
 from dllm_rl.likelihoods.estimators import OneStep, Trajectory
 from dllm_rl.models.lora_settings import Lora
 from dllm_rl.recipe import Recipe
@@ -230,6 +231,29 @@ def test_what_a_field_does_not_hold_is_refused_by_its_name(recipe, name, value):
 def test_what_a_samplers_field_does_not_hold_is_refused_by_its_name(sampler, name, value):
     with pytest.raises(ValueError, match=f"{name}="):
         sampler(**{"max_new_tokens": 2, name: value})
+
+
+def test_a_dictionary_changes_fields_of_a_group_and_leaves_the_others(recipe):
+    changed = recipe.replace(saves={"total_limit": 7}, log={"steps": 3}).replace(saves={"best": {"metric": "reward"}})
+    assert changed.saves == Saves(total_limit=7, best=Best(metric="reward"))
+    assert changed.log == recipe.log.replace(steps=3) != Log(steps=3)
+    with pytest.raises(ValueError, match=r"stepz \(the nearest is steps\)"):
+        recipe.replace(saves={"stepz": 7})
+    with pytest.raises(ValueError, match="Best needs metric"):
+        recipe.replace(saves={"best": {"load_at_end": True}})
+
+
+@pytest.mark.parametrize(("flat", "path"), GROUPED.items())
+def test_a_flat_name_is_answered_by_the_path_of_the_setting(recipe, flat, path, capsys):
+    value = recipe
+    for name in path.split(".")[:-1]:
+        value = getattr(value, name) or Best(metric="reward")
+    assert hasattr(value, path.rpartition(".")[2])
+    with pytest.raises(ValueError, match=rf"^not settings of Recipe: {flat} \(it is {re.escape(path)}\)"):
+        replace(recipe, **{flat: 3})
+    with pytest.raises(SystemExit):
+        from_command_line(recipe, [f"--{flat}", "3"])
+    assert f"--{flat} is not a setting of Recipe; it is --{path} " in capsys.readouterr().err
 
 
 def test_no_tracker_is_none_or_its_name(recipe):

@@ -265,3 +265,12 @@ def test_a_resumed_model_keeps_its_dtype(tmp_path):
     fine_tune(recipe)
     policy = fine_tune(replace(recipe, num_steps=2, resume_from_checkpoint="latest")).policy
     assert {p.dtype for p in policy.module.parameters()} == {torch.bfloat16}
+
+
+def test_a_run_of_sft_saves_in_the_background_what_it_saves_otherwise(tmp_path):
+    runs = [tmp_path / "waits", tmp_path / "goes on"]
+    for folder in runs:
+        fine_tune(tiny_sft(folder, num_steps=3, save_steps=1, save_total_limit=9, async_save=folder is runs[1]))
+    for step in (1, 2, 3):
+        waited, went_on = (load_policy(folder / "checkpoints" / f"step-{step:06d}").module for folder in runs)
+        assert all(torch.equal(x, y) for x, y in zip(waited.parameters(), went_on.parameters(), strict=True))
