@@ -631,7 +631,7 @@ def _prefix_in_words(tokenizer: Tokenizer) -> str:
     """Return what begins the tokens that continue a word, ## of WordPiece: no text, and `decode` shows it in the first
     token. "": nothing does.
     """
-    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    model: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     return str(model.continuing_subword_prefix) if type(model).__name__ == "WordPiece" else ""
 
 
