@@ -35,14 +35,15 @@ from dllm_rl.models.base import Policy
 from dllm_rl.models.checkpoint.families import find_family
 from dllm_rl.models.checkpoint.loading import CONFIGS, build_empty
 from dllm_rl.models.checkpoint.tensors import LazyTensor, to_original, write_tensors
-from dllm_rl.models.lora import add_lora, lazy_merged_tensors
+from dllm_rl.models.lora import add_lora
+from dllm_rl.models.merge import lazy_merged_tensors
 from dllm_rl.monitoring.plots import read_metrics
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for
 from dllm_rl.training.policies import make_optimizer
 from dllm_rl.training.trainer import train
-from dllm_rl.types import SamplingParams
+from dllm_rl.types.rollouts import SamplingParams
 
 MODEL = "GSAI-ML--LLaDA-8B-Instruct"
 SHARD = 2 * 10**9
@@ -152,7 +153,7 @@ def load(root: Path, layers: int) -> dict[str, Any]:
 
 
 def prompts_of(policy: Policy) -> Any:
-    from dllm_rl.decoding.tokens import encode
+    from dllm_rl.decoding.prompts import encode
     from dllm_rl.tasks.base import Problem
 
     return encode(policy, [Problem(prompt=ROWS[0]["prompt"])])

@@ -61,8 +61,8 @@ from benchmarks.measure import (
 )
 from benchmarks.presets import PRESETS, make
 from dllm_rl.algorithms.optimizers import AdamW, AdamW8bit
-from dllm_rl.decoding.tokens import encode, prompt_ids
-from dllm_rl.diagnostics.doctor import diagnose
+from dllm_rl.decoding.prompts import encode, prompt_ids
+from dllm_rl.doctor.mismatch import diagnose
 from dllm_rl.files import read_json, remove, write_json
 from dllm_rl.likelihoods.estimators import OneStep
 from dllm_rl.likelihoods.views import each_view
@@ -79,7 +79,7 @@ from dllm_rl.training.dry_run.duration import PEAK_FLOPS
 from dllm_rl.training.dry_run.memory import PlannedStep, step_memory
 from dllm_rl.training.dry_run.plan import meta_policy
 from dllm_rl.training.trainer import train
-from dllm_rl.types import Prompts
+from dllm_rl.types.rollouts import Prompts
 from recipes.llada_8b import recipe_of
 from recipes.sudoku_unique import recipe as main_job
 

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.measure import machine, table, write_json
 from benchmarks.presets import PRESETS, make
-from dllm_rl.diagnostics.doctor import PADDING, pad_left
+from dllm_rl.doctor.mismatch import PADDING, pad_left
 from dllm_rl.likelihoods.estimators import Causal, OneStep, Trajectory
 from dllm_rl.models.policy import make_policy
 from dllm_rl.quantization.rollout_policy import quantized_copy
@@ -24,7 +24,7 @@ from dllm_rl.quantization.schemes import Int8WeightOnly
 from dllm_rl.samplers.autoregress import Autoregress
 from dllm_rl.samplers.rules import MaxProb
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.types import Prompts
+from dllm_rl.types.rollouts import Prompts
 
 SHARPER = 8  # on the head's weights: logits of a standard deviation of about 4, as a trained model's
 

@@ -27,7 +27,7 @@ from dllm_rl.quantization.schemes import Float8WeightOnly
 from dllm_rl.samplers import rules, unmask
 from dllm_rl.samplers.cache import BlockCache, CachedForward, DualCache, PrefixCache
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.types import Prompts
+from dllm_rl.types.rollouts import Prompts
 
 LESS = Shape(4, 512, 8, 1536, 16384, batch=8, prompt=64, new=64, block=32, steps=8)
 SMOKE = Shape(1, 32, 2, 64, 512, batch=4, prompt=64, new=16, block=8, steps=4)

@@ -30,7 +30,7 @@ from dllm_rl.frontend.grpo import grpo_recipe
 from dllm_rl.models.forward.blocks import blocks_of
 from dllm_rl.training.start import start
 from dllm_rl.training.trainer import take_step
-from dllm_rl.types import Prompts
+from dllm_rl.types.rollouts import Prompts
 from recipes import latin_sudoku
 
 STEPS = 16

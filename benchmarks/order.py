@@ -16,7 +16,7 @@ from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.samplers.rules import Confidence, MaxProb
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.types import Prompts
+from dllm_rl.types.rollouts import Prompts
 
 
 def main() -> None:

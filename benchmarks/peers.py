@@ -32,7 +32,8 @@ from benchmarks.update import advantages_of, step
 from dllm_rl.likelihoods.estimators import OneStep
 from dllm_rl.samplers.rules import Confidence
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.types import Prompts, Rollout, Views
+from dllm_rl.types.rollouts import Prompts, Rollout
+from dllm_rl.types.scoring import Views
 
 MASK_SEED, PROMPT_MASK, TEMPERATURE, EPSILON = 42, 0.15, 0.9, 0.2  # the first three are d1's
 LOGPROB_TOLERANCE, NORM_TOLERANCE = 1e-4, 1e-4  # nats; relative

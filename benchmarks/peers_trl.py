@@ -39,7 +39,7 @@ from dllm_rl.groups import Log
 from dllm_rl.models.policy import make_policy
 from dllm_rl.training import trainer as training
 from dllm_rl.training.start import start
-from dllm_rl.types import Prompts
+from dllm_rl.types.rollouts import Prompts
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 SPECIAL = ["<unk>", "<pad>", "<eos>"]

@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dllm_rl.models.policy import ModulePolicy, make_policy
 from dllm_rl.models.tiny import char_tokenizer
-from dllm_rl.types import Rollout, SamplingParams
+from dllm_rl.types.rollouts import Rollout, SamplingParams
 
 
 @dataclass(frozen=True)

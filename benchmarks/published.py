@@ -6,7 +6,7 @@ import torch
 from transformers import DynamicCache
 
 from dllm_rl.models.policy import ModulePolicy
-from dllm_rl.types import Prompts
+from dllm_rl.types.rollouts import Prompts
 
 
 @torch.no_grad()

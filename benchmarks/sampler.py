@@ -31,7 +31,7 @@ from dllm_rl.models.tiny import char_tokenizer
 from dllm_rl.samplers.cache import DualCache, PrefixCache
 from dllm_rl.samplers.rules import RandomOrder, Threshold
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.types import Prompts
+from dllm_rl.types.rollouts import Prompts
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.records import subclasses
 from dllm_rl.samplers.rules import MaxProb
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.types import Prompts
+from dllm_rl.types.rollouts import Prompts
 
 ELSEWHERE = ("FunctionScheme", "FakeQuantize", "Float8ByGPU", "Float8Dynamic", "Int4Packed")
 ANYWHERE = [name for name in subclasses(quantize.Scheme) if name not in ELSEWHERE]

@@ -29,7 +29,9 @@ from dllm_rl.models.base import Policy, copied
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.step.settings import UpdateSettings
 from dllm_rl.step.update import forward_backward, update
-from dllm_rl.types import Batch, RetainedGraphs, Rollout, Views
+from dllm_rl.types.retained_graphs import RetainedGraphs
+from dllm_rl.types.rollouts import Rollout
+from dllm_rl.types.scoring import Batch, Views
 
 BETA = 0.04
 SHAPES = {"growth": Shape(128, 2, 4, 352, 1_000, 16, 32, 32), "smoke": PRESETS["smoke"]}

@@ -55,8 +55,8 @@ from .likelihoods.estimators import Trajectory as Trajectory
 from .models.base import FamilySpec as FamilySpec
 from .models.base import Policy as Policy
 from .models.checkpoint.families import register_family as register_family
+from .models.load import load_policy as load_policy
 from .models.lora_settings import Lora as Lora
-from .models.policy import load_policy as load_policy
 from .models.policy import make_policy as make_policy
 from .models.rollout_engine import RolloutEngine as RolloutEngine
 from .models.tiny import tiny_llama as tiny_llama
@@ -115,7 +115,7 @@ from .testing import check_policy as check_policy
 from .testing import tiny_checkpoint as tiny_checkpoint
 from .training.fine_tune import sft as sft
 from .training.trainer import train as train
-from .types import Prompts as Prompts
-from .types import Rollout as Rollout
+from .types.rollouts import Prompts as Prompts
+from .types.rollouts import Rollout as Rollout
 
 __version__: str

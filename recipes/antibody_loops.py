@@ -17,7 +17,8 @@ import torch
 from torch import Generator
 
 from dllm_rl import Policy, load_policy
-from dllm_rl.decoding.tokens import encode, full_texts, ids_and_blanks
+from dllm_rl.decoding.prompts import encode, ids_and_blanks
+from dllm_rl.decoding.texts import full_texts
 from dllm_rl.files import read_json
 from dllm_rl.records import from_json
 from dllm_rl.samplers import Sampler

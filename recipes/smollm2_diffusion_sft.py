@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from dllm_rl import SFT, Lora, Policy, main
 from dllm_rl.groups import Evaluation, Log, Saves
-from dllm_rl.models.policy import diffusion_from_causal
+from dllm_rl.models.convert import diffusion_from_causal
 from dllm_rl.tasks import Problem
 from recipes import weights
 from recipes.smollm2_arithmetic import Sums

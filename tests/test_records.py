@@ -39,7 +39,8 @@ from dllm_rl.records import (
 from dllm_rl.samplers import Autoregress, Renoise, Unmask, revise, rules
 from dllm_rl.samplers.sampler import Sampler
 from dllm_rl.testing import check_corrector
-from dllm_rl.types import Prompts, SamplingParams, equal_groups
+from dllm_rl.types.groups import equal_groups
+from dllm_rl.types.rollouts import Prompts, SamplingParams
 from recipes.studies.likelihoods import surrogates as published
 
 MODULES = (correctors, losses, advantages, estimators, rules, revise, published)

@@ -13,7 +13,7 @@ from tiny_recipe import SIZES, tiny_recipe
 from dllm_rl.cli import evaluate_run as evaluate_cli
 from dllm_rl.cli import main as cli
 from dllm_rl.config import from_command_line
-from dllm_rl.diagnostics.doctor import Cause, Report, write_doctor
+from dllm_rl.doctor.mismatch import Cause, Report, write_doctor
 from dllm_rl.frontend.grpo import grpo
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.monitoring.log import RunLog

@@ -8,20 +8,9 @@ from jaxtyping import Float
 from refusals import refuses
 from torch import Tensor
 
-from dllm_rl.types import (
-    Order,
-    Prompts,
-    Rollout,
-    SamplingParams,
-    Views,
-    ViewTensors,
-    any_in_group,
-    equal_groups,
-    group_numbers,
-    group_sizes,
-    pack_groups,
-    starts_group,
-)
+from dllm_rl.types.groups import any_in_group, equal_groups, group_numbers, group_sizes, starts_group
+from dllm_rl.types.rollouts import Order, Prompts, Rollout, SamplingParams, pack_groups
+from dllm_rl.types.scoring import Views, ViewTensors
 
 
 def rollout(tokens: list[list[int]], *, forwards: int = 1) -> Rollout:

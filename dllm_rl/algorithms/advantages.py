@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dllm_rl.records import FunctionRecord, Record, option
-from dllm_rl.types import group_numbers
+from dllm_rl.types.groups import group_numbers
 
 # Two rewards whose difference is this share of them are the same sum, added up in another order in fp64.
 ROUNDING = 64 * torch.finfo(torch.float64).eps

@@ -25,7 +25,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dllm_rl.records import FunctionRecord, Record, describe, fit, option
-from dllm_rl.types import Batch, copy_of, group_numbers
+from dllm_rl.types.batch_record import copy_of
+from dllm_rl.types.groups import group_numbers
+from dllm_rl.types.scoring import Batch
 
 MAX_LOG = 20.0  # log-ratios are clamped to +-20 before exp
 # The width of a band around the ratio 1. A narrower one would be closed in float32, and the gradient lost at ratio 1.

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dllm_rl.algorithms.losses import MAX_LOG
-from dllm_rl.types import Batch
+from dllm_rl.types.scoring import Batch
 
 PREFIX = "rollout_corr/"
 STEP_GROUPS = 8  # largest number of step groups of `step_metrics`

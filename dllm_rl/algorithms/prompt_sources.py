@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 
 from dllm_rl.algorithms.advantages import has_unequal_rewards, to_groups
 from dllm_rl.records import FunctionRecord, Record, option
-from dllm_rl.types import Copied, decorate_own, given_copies
+from dllm_rl.types.batch_record import Copied, decorate_own, given_copies
 
 
 @dataclass(eq=False)

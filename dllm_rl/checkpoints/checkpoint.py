@@ -23,7 +23,8 @@ from dllm_rl.distributed.stop import as_written
 from dllm_rl.files import recover, remove, remove_whole, replacing, write_text
 from dllm_rl.models.base import Module, Policy, is_finite
 from dllm_rl.models.checkpoint.adapters import adapter_state, save_adapter
-from dllm_rl.models.lora import layers_of, lazy_merged_tensors
+from dllm_rl.models.lora import layers_of
+from dllm_rl.models.merge import lazy_merged_tensors
 from dllm_rl.records import folders_beside
 from dllm_rl.versions import versions
 

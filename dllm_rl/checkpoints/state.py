@@ -36,7 +36,7 @@ class TrainingState:
     teacher: str | None = None  # digest of what teaches; None: nothing, or the reference
     reference: str | None = None  # digest of the manifest in the run's folder `reference`
     frozen: list | None = None  # names of frozen weights, in a run without adapters
-    begin_ids: list | None = None  # ids before every prompt of plain text, `dllm_rl.decoding.tokens.begin_ids`
+    begin_ids: list | None = None  # ids before every prompt of plain text, `dllm_rl.decoding.vocabulary.begin_ids`
     # Size and digest of the lines of metrics.jsonl, completions.jsonl and held_out.jsonl, without the ending.
     logs: dict[str, Any] = field(default_factory=dict)
     callbacks: list | None = None  # pairs of a callback's class name and its state

@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 
 from dllm_rl.cli.options import open_policy, read_methods
+from dllm_rl.doctor.model import SECTIONS, check_model
 from dllm_rl.quantization.schemes import Scheme
-from dllm_rl.testing.model_check.check import SECTIONS, check_model
 
 SLOW = "step"  # the section that --quick leaves out
 

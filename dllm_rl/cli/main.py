@@ -341,8 +341,9 @@ def report_mismatch(arguments: argparse.Namespace) -> int:
     """Print where the mismatch of a run's or a task's rollouts is from; return as `doctor` does."""
     from dllm_rl.cli.options import recipe_of
     from dllm_rl.cli.run_settings import problems_of, sampler_of, scheme_of, task_named
-    from dllm_rl.decoding.tokens import default_max_new_tokens, encode
-    from dllm_rl.diagnostics.doctor import diagnose, write_doctor
+    from dllm_rl.decoding.prompts import encode
+    from dllm_rl.decoding.tokens import default_max_new_tokens
+    from dllm_rl.doctor.mismatch import diagnose, write_doctor
     from dllm_rl.quantization.schemes import Scheme
     from dllm_rl.samplers.rules import Rank
     from dllm_rl.samplers.with_settings import sampler_with

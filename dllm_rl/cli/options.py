@@ -158,7 +158,7 @@ def open_policy(
     from dllm_rl.config import import_named
     from dllm_rl.device import find_device
     from dllm_rl.models.base import Policy
-    from dllm_rl.models.policy import load_policy
+    from dllm_rl.models.load import load_policy
     from dllm_rl.training.policies import call_model_function
 
     device = find_device(arguments.device) if device is None else device

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from dllm_rl.cli.options import open_policy, read_methods
 from dllm_rl.cli.run_settings import form_of_prompts, problems_of, sampler_of
-from dllm_rl.decoding.tokens import written_tokens
+from dllm_rl.decoding.texts import written_tokens
 from dllm_rl.device import device_name
 from dllm_rl.evaluation.complete import complete_problems, completion_texts
 from dllm_rl.models.base import Policy
@@ -25,7 +25,7 @@ from dllm_rl.samplers.rules import Commit, Rank
 from dllm_rl.samplers.with_settings import sampler_with
 from dllm_rl.screen import escape_controls
 from dllm_rl.tasks.base import Problem, shown_prompt
-from dllm_rl.types import Rollout
+from dllm_rl.types.rollouts import Rollout
 
 
 def sample_command(arguments: argparse.Namespace) -> None:

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from dllm_rl.models.base import Policy
 from dllm_rl.models.logprobs import TokenLogprob, chunked, invert_cdf, process, upcast
-from dllm_rl.types import SamplingParams
+from dllm_rl.types.rollouts import SamplingParams
 
 # Lower limit, in nats, of each log F_j. At the limit it has no gradient.
 MIN_LOGPROB = -20.0

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dllm_rl.types import FilterSupport, Rollout, Support
+from dllm_rl.types.rollouts import FilterSupport, Rollout, Support
 
 MAX_SUPPORT_IDS = 64  # largest support whose token ids a rollout records
 

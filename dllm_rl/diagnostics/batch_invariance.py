@@ -6,7 +6,8 @@ from torch import Tensor
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.base import Policy
 from dllm_rl.quantization.linear import UnstackedExperts
-from dllm_rl.types import Logprobs, Rollout
+from dllm_rl.types.rollouts import Rollout
+from dllm_rl.types.scoring import Logprobs
 
 
 def check_bitwise_equal(policy: Policy, rollout_policy: Policy, rollout: Rollout, logps: Logprobs) -> None:

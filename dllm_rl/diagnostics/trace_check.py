@@ -19,7 +19,7 @@ from dllm_rl.models.base import Policy
 from dllm_rl.samplers.choose import rank_and_draw
 from dllm_rl.samplers.rules import DETERMINISTIC, Rank
 from dllm_rl.screen import NARROW, literal
-from dllm_rl.types import Rollout
+from dllm_rl.types.rollouts import Rollout
 
 MAX_PARTS = 6  # rows of the table for steps, and for positions; each is a range
 CHECKS = ("steps", "block", "mask", "order")

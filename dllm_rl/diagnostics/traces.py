@@ -19,7 +19,9 @@ from torch import Tensor
 from dllm_rl.files import write_text
 from dllm_rl.records import Record, make_record, option
 from dllm_rl.screen import line_of
-from dllm_rl.types import BatchRecord, Order, Rollout, SamplingParams, group_numbers
+from dllm_rl.types.batch_record import BatchRecord
+from dllm_rl.types.groups import group_numbers
+from dllm_rl.types.rollouts import Order, Rollout, SamplingParams
 
 FORMAT = {"format": "dllm_rl_trace", "version": 1}
 MAX_INTEGER = 10**9  # limit on ids and steps, so that no sum overflows

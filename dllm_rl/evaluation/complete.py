@@ -6,17 +6,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dllm_rl.decoding.tokens import decode, encode, full_texts
+from dllm_rl.decoding.prompts import encode
+from dllm_rl.decoding.texts import decode, full_texts
 from dllm_rl.device import find_device
 from dllm_rl.models.base import Policy
-from dllm_rl.models.policy import load_policy
+from dllm_rl.models.load import load_policy
 from dllm_rl.records import from_json
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers import Renoise, Sampler, Unmask
 from dllm_rl.samplers.sampler import check_rollout
 from dllm_rl.samplers.with_settings import check_number_of_samples, sampler_with
 from dllm_rl.tasks.base import Problem
-from dllm_rl.types import Rollout
+from dllm_rl.types.rollouts import Rollout
 
 Prompt = str | list[dict[str, str]]
 

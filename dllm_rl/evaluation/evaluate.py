@@ -7,7 +7,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from dllm_rl.decoding.tokens import completion_token_ids, costs_of, encode, texts_to_grade
+from dllm_rl.decoding.prompts import encode
+from dllm_rl.decoding.texts import completion_token_ids, costs_of, texts_to_grade
 from dllm_rl.distributed.collectives import OneProcess, Processes, gather_objects
 from dllm_rl.evaluation.completions import COSTS, Completions, Rows, digest_of_problem, fingerprint, make_row
 from dllm_rl.evaluation.results import Evaluation, GradedAnswer
@@ -17,7 +18,7 @@ from dllm_rl.rng import generator_for
 from dllm_rl.samplers.sampler import check_rollout
 from dllm_rl.samplers.with_settings import check_number_of_samples
 from dllm_rl.tasks.base import Cost, Problem, Task, grade
-from dllm_rl.types import Rollout
+from dllm_rl.types.rollouts import Rollout
 
 
 def evaluate(  # noqa: PLR0913

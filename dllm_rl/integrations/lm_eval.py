@@ -11,14 +11,18 @@ try:
 except ImportError as error:
     raise ImportError("lm_eval.py needs lm-evaluation-harness: pip install -e '.[harness]'") from error
 
-from dllm_rl.decoding.tokens import as_rollout, begin_ids, decode, fixed_template, prompt_ids, text_ids
+from dllm_rl.decoding.chat_template import fixed_template
+from dllm_rl.decoding.prompts import prompt_ids
+from dllm_rl.decoding.texts import decode
+from dllm_rl.decoding.tokens import as_rollout, text_ids
+from dllm_rl.decoding.vocabulary import begin_ids
 from dllm_rl.evaluation.evaluate import row_seeds
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator, Trajectory
 from dllm_rl.models.base import Policy
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers import Autoregress, Sampler, Unmask
 from dllm_rl.tasks.answers import cut
-from dllm_rl.types import Prompts
+from dllm_rl.types.rollouts import Prompts
 
 Pair = tuple[Sequence[int], Sequence[int]]  # token ids of a context and of its continuation
 LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the harness's, all the same

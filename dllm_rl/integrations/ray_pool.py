@@ -21,7 +21,7 @@ from dllm_rl.device import find_device
 from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.distributed.stop import SIGNALS, handlers_kept, run_exit_stack
 from dllm_rl.models.base import Policy
-from dllm_rl.models.lora import host_copy
+from dllm_rl.models.merge import host_copy
 from dllm_rl.recipe import Recipe
 from dllm_rl.screen import without_middle
 from dllm_rl.step.context import StepContext

@@ -23,7 +23,9 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, Print
 
 from dllm_rl.algorithms.correctors import Corrector
 from dllm_rl.algorithms.losses import Loss
-from dllm_rl.decoding.tokens import before_end, completion_token_ids, prompt_ids, reads_otherwise, text_of
+from dllm_rl.decoding.prompts import prompt_ids
+from dllm_rl.decoding.texts import before_end, completion_token_ids, text_of
+from dllm_rl.decoding.vocabulary import reads_otherwise
 from dllm_rl.distributed.collectives import gather_on_host, reduce_metrics, sum_gradients
 from dllm_rl.frontend.grpo import wrap_model
 from dllm_rl.integrations.trl_settings import (
@@ -37,8 +39,9 @@ from dllm_rl.integrations.trl_settings import (
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.models.base import Policy, copied
 from dllm_rl.models.forward.routing import check_routers, load_balancing_loss
+from dllm_rl.models.load import load_policy
 from dllm_rl.models.lora_settings import Lora
-from dllm_rl.models.policy import load_policy, wrap_module
+from dllm_rl.models.policy import wrap_module
 from dllm_rl.quantization.rollout_policy import sync_weights
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for, row_seeds
@@ -51,7 +54,9 @@ from dllm_rl.training.cautions import cautions
 from dllm_rl.training.make_step import make_step
 from dllm_rl.training.policies import RolloutCopy, apply_compute_settings, check_no_adapters, check_vocab_size
 from dllm_rl.training.prompts import check_rows
-from dllm_rl.types import Batch, Prompts, Rollout, group_sizes, starts_group
+from dllm_rl.types.groups import group_sizes, starts_group
+from dllm_rl.types.rollouts import Prompts, Rollout
+from dllm_rl.types.scoring import Batch
 
 try:
     import trl

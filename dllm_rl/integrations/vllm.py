@@ -22,13 +22,13 @@ from torch import Generator, Tensor
 
 from dllm_rl.integrations.http_request import check_url, request
 from dllm_rl.models.base import Policy
-from dllm_rl.models.lora import lazy_merged_tensors
+from dllm_rl.models.merge import lazy_merged_tensors
 from dllm_rl.models.rollout_engine import RolloutEngine, check_single_process, with_forward
 from dllm_rl.records import option
 from dllm_rl.rng import row_seeds
 from dllm_rl.samplers.autoregress import Autoregress, left_to_right_rollout
 from dllm_rl.samplers.choose import Drawn
-from dllm_rl.types import Prompts, Rollout
+from dllm_rl.types.rollouts import Prompts, Rollout
 
 VERSIONS = "0.32"  # of vLLM, that were tried; pyproject.toml has them too
 SHARED_MEMORY = Path("/dev/shm")

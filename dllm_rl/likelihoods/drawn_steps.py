@@ -35,7 +35,8 @@ from dllm_rl.likelihoods.estimators import recorded
 from dllm_rl.likelihoods.masks import row_generators, uniforms_at
 from dllm_rl.likelihoods.order_logprobs import recorded_order
 from dllm_rl.likelihoods.views import alike_rows
-from dllm_rl.types import Rollout, Views
+from dllm_rl.types.rollouts import Rollout
+from dllm_rl.types.scoring import Views
 
 UNIFORM_SHARE = 0.05  # the smallest chance of a step
 RECORD_ERROR = 0.03  # of a token's 1 - p

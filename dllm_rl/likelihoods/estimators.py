@@ -32,7 +32,10 @@ from dllm_rl.likelihoods.turns import check_turns, hide_later_columns
 from dllm_rl.likelihoods.views import each_forward
 from dllm_rl.models.base import Policy, join_uneven_forwards
 from dllm_rl.records import FunctionRecord, Record, option
-from dllm_rl.types import RetainedGraphs, Rollout, Views, decorate_own, given_copies
+from dllm_rl.types.batch_record import decorate_own, given_copies
+from dllm_rl.types.retained_graphs import RetainedGraphs
+from dllm_rl.types.rollouts import Rollout
+from dllm_rl.types.scoring import Views
 
 EXACT = "Trajectory(num_segments=None, block_size=None)"  # in full: an option keeps the recipe's other fields
 

@@ -12,7 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dllm_rl.likelihoods.views import View, ViewFeature
-from dllm_rl.types import Events, Rollout, Views
+from dllm_rl.types.rollouts import Events, Rollout
+from dllm_rl.types.scoring import Views
 
 
 def recorded_events(rollout: Rollout) -> Events:

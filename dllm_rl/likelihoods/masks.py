@@ -9,7 +9,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
 from dllm_rl.rng import row_seeds
-from dllm_rl.types import Rollout, Views, group_numbers
+from dllm_rl.types.groups import group_numbers
+from dllm_rl.types.rollouts import Rollout
+from dllm_rl.types.scoring import Views
 
 
 def row_generators(rollout: Rollout, generator: Generator, *, per_group: bool = False) -> list[Generator]:

@@ -17,7 +17,8 @@ from dllm_rl.likelihoods.packed import Packed
 from dllm_rl.likelihoods.views import ForwardPlan, View, ViewFeature, ViewStates
 from dllm_rl.models.base import Policy
 from dllm_rl.models.logprobs import backward_chunked, token_logprobs
-from dllm_rl.types import Order, Rollout, Views
+from dllm_rl.types.rollouts import Order, Rollout
+from dllm_rl.types.scoring import Views
 
 
 def add_order_logprobs(rollout: Rollout, views: Views) -> Views:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dllm_rl.likelihoods.views import View, ViewFeature
 from dllm_rl.models.base import Policy, block_causal_mask, block_ranks, position_ids, shift_states
-from dllm_rl.types import Rollout
+from dllm_rl.types.rollouts import Rollout
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from dllm_rl.likelihoods.views import View, ViewFeature, ViewStates
 from dllm_rl.models.base import Policy
 from dllm_rl.models.denoiser import Prefix, backward_through, conditioning
 from dllm_rl.models.logprobs import TokenLogprob
-from dllm_rl.types import Renoised, Rollout, Views
+from dllm_rl.types.rollouts import Renoised, Rollout
+from dllm_rl.types.scoring import Views
 
 
 @dataclass(frozen=True)

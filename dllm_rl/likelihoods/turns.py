@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dllm_rl.likelihoods.views import ForwardPlan, View, ViewFeature
 from dllm_rl.models.base import Policy
-from dllm_rl.types import Rollout, Views
+from dllm_rl.types.rollouts import Rollout
+from dllm_rl.types.scoring import Views
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,9 @@ from torch import Tensor
 from dllm_rl.device import copy_to_device
 from dllm_rl.models.base import Policy, length_buckets
 from dllm_rl.models.logprobs import backward_token_logprobs, token_logprobs
-from dllm_rl.types import Rollout, Views, ViewTensors, any_in_group, group_numbers, pack_groups, starts_group
+from dllm_rl.types.groups import any_in_group, group_numbers, starts_group
+from dllm_rl.types.rollouts import Rollout, pack_groups
+from dllm_rl.types.scoring import Views, ViewTensors
 
 
 class Chunk(NamedTuple):

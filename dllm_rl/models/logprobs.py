@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dllm_rl.models.base import Head
-from dllm_rl.types import SamplingParams
+from dllm_rl.types.rollouts import SamplingParams
 
 CHUNK_ELEMENTS = 2**23  # number of fp32 logits in memory at a time on a CPU: 32 MiB
 # The same for an accelerator: 256 MiB, or 530 rows of LLaDA's vocabulary. Each chunk reads the head's weights and

@@ -1,12 +1,10 @@
-"""LoRA: adapters on linear layers and on stacked experts, and the tensors of a module with its adapters merged."""
+"""LoRA: adapters on linear layers and on stacked experts."""
 
 import copy
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from itertools import chain
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +14,8 @@ from torch.func import functional_call
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from dllm_rl.models.base import Module, Policy, gather_if_sharded, has_bf16_products
-from dllm_rl.models.checkpoint.tensors import LazyTensor
 from dllm_rl.models.lora_settings import Lora
+from dllm_rl.models.low_bit import is_bitsandbytes, linear_of, plain_weight
 from dllm_rl.rng import keep_mask
 
 STACKS = ("gate_up_proj", "down_proj")  # weights (E, O, I) of all E experts of a stock module of experts
@@ -161,10 +159,10 @@ class LoraExperts(nn.Module):
 
 def _merged(weight: Tensor, a: Tensor, b: Tensor, lora: Lora) -> Tensor:
     """Return W + (alpha / r) B A, summed in fp32 and rounded once to W's dtype."""
-    return _with_product(weight, gather_if_sharded(b).float() @ gather_if_sharded(a).float(), lora)
+    return with_product(weight, gather_if_sharded(b).float() @ gather_if_sharded(a).float(), lora)
 
 
-def _with_product(weight: Tensor, product: Tensor, lora: Lora) -> Tensor:
+def with_product(weight: Tensor, product: Tensor, lora: Lora) -> Tensor:
     """Return `_merged` of a layer or of several, whose product B A is known."""
     scaled = product.mul_(lora.alpha / lora.r).float()  # under autocast the product is in 16 bits
     return scaled.add_(weight).to(weight.dtype)  # in place, to allocate only one fp32 tensor
@@ -181,7 +179,7 @@ def add_lora(policy: Policy, lora: Lora) -> None:
     module = policy.module
     names = lora.targets or policy.spec.lora_targets
     if adapted_layers(module):
-        raise ValueError("lora: the policy has adapters already; merge them first (dllm_rl.models.lora.merge_lora)")
+        raise ValueError("lora: the policy has adapters already; merge them first (dllm_rl.models.merge.merge_lora)")
     linear_layers = {path: layer for path, layer in module.named_modules() if isinstance(layer, nn.Linear)}
     targets = {path: layer for path, layer in linear_layers.items() if is_target(path, names)}
     # A family's list may name layers that a model lacks.
@@ -250,58 +248,6 @@ def is_adapted_or_low_bit(layer: nn.Module) -> bool:
     return base_of(layer) is not layer or is_bitsandbytes(layer)
 
 
-def linear_of(weight: Float[Tensor, "O I"], bias: Float[Tensor, " O"] | None) -> nn.Linear:
-    """Return a linear layer with these tensors, without copying them. The weight is frozen."""
-    # The meta device, so that no random weights are drawn.
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    layer.bias = cast(Any, bias)
-    return layer
-
-
-def is_bitsandbytes(layer: nn.Module) -> bool:
-    """Return whether a layer has bitsandbytes weights."""
-    return isinstance(layer, nn.Linear) and type(layer.weight).__module__.startswith("bitsandbytes")
-
-
-@torch.no_grad()
-def plain_weight(layer: nn.Linear) -> Float[Tensor, "O I"]:
-    """Return a linear layer's weight, dequantized from bitsandbytes and gathered if sharded."""
-    if not is_bitsandbytes(layer):
-        return gather_if_sharded(layer.weight.detach())
-    weight: Any = layer.weight
-    if hasattr(weight, "quant_state"):
-        from bitsandbytes.functional import dequantize_4bit  # an optional dependency
-
-        return dequantize_4bit(weight.data, weight.quant_state)
-    # At its first forward, an 8-bit layer moves its codes and its scales (each row's largest |w|, code 127) to `state`.
-    holder: Any = layer.state if weight.SCB is None else weight
-    return (holder.CB * (holder.SCB.float() / 127)[:, None]).to(layer.plain_dtype)
-
-
-class _EightBitProduct(torch.autograd.Function):
-    """The product with a layer's dequantized weight, which is computed again for the backward, and not stored."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: nn.Linear) -> Tensor:
-        ctx.layer, ctx.dtype = layer, x.dtype
-        return F.linear(x, plain_weight(layer), layer.bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        (grad_output,) = grad_outputs
-        return (grad_output @ plain_weight(ctx.layer).to(grad_output.dtype)).to(ctx.dtype), None
-
-
-def eight_bit_product(layer: nn.Linear, x: Float[Tensor, "... I"]) -> Float[Tensor, "... O"]:
-    """Return the output of a frozen layer with bitsandbytes weights of 8 bits.
-
-    bitsandbytes itself also rounds the inputs, by how large those of the whole batch are. A row's output would depend
-    on the other rows, and differ from that of a checkpoint of the merged weights.
-    """
-    return _EightBitProduct.apply(x, layer)
-
-
 def is_stacked(layer: nn.Module) -> bool:
     """Return whether a module, with or without adapters, has gated experts without biases, stored as STACKS."""
     layer = base_of(layer)
@@ -357,174 +303,3 @@ def plain_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def layers_of(module: Module) -> Module:
     """Return the module or, if it is sharded, a module with the same layers and without weights."""
     return module.sharding.plain if hasattr(module, "sharding") else module
-
-
-def merged_tensor(layer: Any, kind: str) -> Tensor:
-    """Return the layer's parameter or buffer `kind`, with adapters merged and bitsandbytes weights dequantized.
-
-    It is differentiable in the adapters of this library.
-    """
-    if isinstance(layer, LoraExperts):
-        return layer.merged(kind)
-    if is_of_peft(layer):  # merged by peft, in a copy: of DoRA and other kinds only peft knows how
-        merged = copy.deepcopy(layer)
-        if not layer.disable_adapters:
-            merged.merge()
-        return getattr(merged.base_layer, kind).detach()
-    if kind == "weight" and isinstance(layer, LoraLinear):
-        return layer.merged()
-    return plain_weight(layer) if kind == "weight" and is_bitsandbytes(layer) else getattr(base_of(layer), kind)
-
-
-@torch.no_grad()
-def joined_weights(layers: Sequence[Any]) -> Tensor:
-    """Return the `merged_tensor` "weight" of linear layers of one shape, gathered if sharded, one below the other.
-
-    This library's adapters, which must have the same settings, are merged together but for the products: a batched
-    product may round otherwise than that of one layer.
-    """
-    if len(layers) == 1:
-        return gather_if_sharded(merged_tensor(layers[0], "weight"))
-    if not isinstance(layers[0], LoraLinear):
-        return torch.cat([gather_if_sharded(merged_tensor(layer, "weight")) for layer in layers])
-    weights = torch.stack([plain_weight(layer.base_layer) for layer in layers])
-    products = torch.stack([layer.lora_B.weight.float() @ layer.lora_A.weight.float() for layer in layers])
-    return _with_product(weights, products, layers[0].lora).flatten(0, 1)
-
-
-@torch.no_grad()
-def merged_tensors(module: nn.Module, persistent_only: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """Yield each tensor's name in a module without adapters, and its `merged_tensor`, one at a time.
-
-    With `persistent_only`, leave out the buffers that a checkpoint does not store.
-    """
-    for name, tensor in lazy_merged_tensors(module, persistent_only).items():
-        yield name, tensor.make()
-
-
-@torch.no_grad()
-def lazy_merged_tensors(module: nn.Module, persistent_only: bool = True) -> dict[str, LazyTensor]:
-    """Return the tensors of `merged_tensors` by name. They are computed when they are written."""
-    tensors = {}
-    for path, layer in plain_layers(module):
-        base = base_of(layer)
-        for kind, tensor in [*base.named_parameters(recurse=False), *base.named_buffers(recurse=False)]:
-            if persistent_only and kind in base._non_persistent_buffers_set:
-                continue
-            shape, dtype = tuple(tensor.shape), tensor.dtype
-            if kind == "weight" and is_bitsandbytes(base):  # the tensor itself contains integer codes
-                shape = (base.out_features, base.in_features)
-                dtype = getattr(getattr(tensor, "quant_state", None), "dtype", base.plain_dtype)
-            compute = torch.no_grad()(partial(merged_tensor, layer, kind))
-            tensors[f"{path}.{kind}" if path else kind] = LazyTensor(shape, dtype, compute)
-    return tensors
-
-
-@torch.no_grad()
-def merged_copy(module: Module, *, device: torch.device | str | None = None) -> Module:
-    """Return a copy of the module with merged weights in ordinary layers.
-
-    `device` is the device of the copy; with None each tensor keeps its device.
-    """
-    memo: dict[int, Any] = {}  # deepcopy uses an object's entry in the memo instead of copying the object
-    for _, layer in plain_layers(module):
-        if is_adapted_or_low_bit(layer):
-            memo[id(layer)] = _plain(layer, memo).to(device)  # layer by layer: at most one layer is in memory twice
-            continue
-        for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
-            memo[id(tensor)] = _as_same_kind(tensor, tensor.detach().to(device or tensor.device, copy=True))
-    merged = copy.deepcopy(module, memo)
-    forget_quantizer(merged)
-    return merged
-
-
-@torch.no_grad()
-def merge_lora(policy: Policy) -> None:
-    """Merge the policy's adapters into its weights, in place. All weights become trainable.
-
-    Call it to train the full weights after adapters, or before `add_lora` with new ones.
-    """
-    module = policy.module
-    memo = {id(tensor): tensor for tensor in module.parameters()}  # so that `_plain` does not copy biases
-    paths_of = all_paths(module)
-    for _, layer in list(plain_layers(module)):
-        if is_adapted_or_low_bit(layer):
-            merged_layer = _plain(layer, memo)
-            for path in paths_of[layer]:
-                module.set_submodule(path, merged_layer)
-    forget_quantizer(module)
-    module.requires_grad_(True)
-    policy.lora = None
-
-
-def _plain(layer: Any, memo: dict[int, Any]) -> nn.Module:
-    """Convert a layer with adapters or low-bit weights to an ordinary layer with the merged weights.
-
-    `memo` is a memo of deepcopy.
-    """
-    if isinstance(layer, LoraExperts):
-        return layer.plain(memo)
-    return linear_of(merged_tensor(layer, "weight"), merged_bias(layer, memo))
-
-
-def merged_bias(layer: Any, memo: dict[int, Any]) -> Any:
-    """Return a copy of the bias of a linear layer, with adapters merged; None without one. `memo` is of deepcopy."""
-    bias = base_of(layer).bias
-    if bias is not None and is_of_peft(layer):  # peft may have an adapter on it
-        bias = nn.Parameter(merged_tensor(layer, "bias"), requires_grad=False)
-    return copy.deepcopy(bias, memo)
-
-
-def _as_same_kind(tensor: Tensor, value: Tensor) -> Tensor:
-    """Return `value`, as a Parameter if `tensor` is one."""
-    return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
-
-
-def forget_quantizer(module: nn.Module) -> None:
-    """Remove the attributes by which transformers recognizes a bitsandbytes module: its weights are now ordinary."""
-    for name in ("hf_quantizer", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method"):
-        vars(module).pop(name, None)
-    vars(getattr(module, "config", module)).pop("quantization_config", None)
-
-
-@torch.no_grad()
-def merged_state_dict(module: nn.Module, device: torch.device | str | None = None) -> dict[str, Tensor]:
-    """Return a module's parameters and persistent buffers, with adapters merged.
-
-    A tied tensor appears once, under its first name.
-    """
-    module_ids = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
-    seen: set[int] = set()
-    tensors = {}
-    for name, tensor in merged_tensors(module, persistent_only=True):
-        if id(tensor) in seen:
-            continue
-        seen |= module_ids & {id(tensor)}  # not of merged tensors: after they are freed, their ids may be reused
-        tensors[name] = tensor if device is None else tensor.detach().to(device)  # one extra tensor at a time
-    return tensors
-
-
-@torch.no_grad()
-def host_copy(policy: Policy, *, keep: bool = True) -> Policy:
-    """Return a copy of the policy whose module is on the CPU, with its adapters not merged.
-
-    For a sharded module this is a collective: every process must call it. Processes that need no copy pass keep=False,
-    and get the policy itself.
-    """
-    module = policy.module
-    layers = layers_of(module)
-    memo: dict[int, Any] = {}
-    tensors = chain(module.parameters(), module.buffers())
-    layer_tensors = chain(layers.parameters(), layers.buffers())
-    for tensor, layer_tensor in zip(tensors, layer_tensors, strict=True):
-        value = gather_if_sharded(tensor.detach())  # one by one: the device holds at most one gathered tensor
-        if keep:
-            memo[id(layer_tensor)] = _as_same_kind(tensor, value.to("cpu", copy=True))
-    if not keep:
-        return policy
-    copied = copy.copy(policy)
-    copied.module = copy.deepcopy(layers, memo)
-    for path, layer in adapted_layers(module).items():
-        # `layers` of a sharded module was made before training, so that its counts are stale.
-        copied.module.get_submodule(path).calls = layer.calls
-    return copied

@@ -10,7 +10,8 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor
 
-from dllm_rl.types import BatchRecord, SamplingParams
+from dllm_rl.types.batch_record import BatchRecord
+from dllm_rl.types.rollouts import SamplingParams
 
 # The records that a rollout consists of. A rollout is a `BatchRecord` too.
 RECORDS: dict[str, Callable] = {kind.__name__: kind for kind in (*BatchRecord.__subclasses__(), SamplingParams)}

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from dllm_rl.models.base import Policy
-from dllm_rl.models.lora import STACKS, base_of, check_mergeable, merged_tensor
+from dllm_rl.models.lora import STACKS, base_of, check_mergeable
+from dllm_rl.models.merge import merged_tensor
 from dllm_rl.quantization.linear import (
     UnstackedExperts,
     dequantized_input,

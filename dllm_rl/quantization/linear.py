@@ -15,7 +15,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Int8DynamicActivationInt8WeightConfig
 from torchao.quantization.quantize_.common import _choose_quant_func_and_quantize_tensor
 
-from dllm_rl.models.lora import base_of, is_bitsandbytes, is_stacked, plain_layers
+from dllm_rl.models.lora import base_of, is_stacked, plain_layers
+from dllm_rl.models.low_bit import is_bitsandbytes
 from dllm_rl.quantization.schemes import EmulatedLinear
 
 

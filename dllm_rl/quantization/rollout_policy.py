@@ -27,19 +27,9 @@ from torchao.quantization.quantize_.workflows.float8.float8_tensor import Float8
 
 from dllm_rl.models.base import Module, Policy, gather_if_sharded
 from dllm_rl.models.checkpoint.tensors import LazyTensor
-from dllm_rl.models.lora import (
-    STACKS,
-    base_of,
-    forget_quantizer,
-    has_adapted_or_low_bit,
-    is_stacked,
-    joined_weights,
-    layers_of,
-    lazy_merged_tensors,
-    linear_of,
-    merged_bias,
-    merged_tensor,
-)
+from dllm_rl.models.lora import STACKS, base_of, has_adapted_or_low_bit, is_stacked, layers_of
+from dllm_rl.models.low_bit import linear_of
+from dllm_rl.models.merge import forget_quantizer, joined_weights, lazy_merged_tensors, merged_bias, merged_tensor
 from dllm_rl.quantization.linear import (
     PlainLinear,
     UnstackedExperts,

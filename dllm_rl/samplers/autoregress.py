@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
+from dllm_rl.decoding.prompts import NEEDS_TOKEN
 from dllm_rl.decoding.support import filter_support, make_filter_support
-from dllm_rl.decoding.tokens import NEEDS_TOKEN
 from dllm_rl.models.base import Policy, position_ids
 from dllm_rl.models.logprobs import process, sample
 from dllm_rl.records import option
@@ -16,7 +16,7 @@ from dllm_rl.rng import row_seeds
 from dllm_rl.samplers.choose import Drawn
 from dllm_rl.samplers.sampler import Sampler
 from dllm_rl.samplers.unmask import check_fits
-from dllm_rl.types import Prompts, Rollout, SamplingParams
+from dllm_rl.types.rollouts import Prompts, Rollout, SamplingParams
 
 
 class Autoregress(Sampler):

@@ -14,7 +14,7 @@ from torch import Tensor
 from dllm_rl.device import copy_to_device
 from dllm_rl.models.base import Policy
 from dllm_rl.samplers.rules import steps_per_block
-from dllm_rl.types import Prompts, Rollout, SamplingParams
+from dllm_rl.types.rollouts import Prompts, Rollout, SamplingParams
 
 # Streams of random numbers (`rng.uniforms`): one draws tokens, the other is for ranks and commit rules.
 TOKEN_STREAM = 0

@@ -46,7 +46,8 @@ from dllm_rl.samplers.rules import (
     highest,
     order_probability,
 )
-from dllm_rl.types import Order, Rollout, SamplingParams, starts_group
+from dllm_rl.types.groups import starts_group
+from dllm_rl.types.rollouts import Order, Rollout, SamplingParams
 
 LOWEST_SCORE = torch.finfo(torch.float32).min  # in place of -inf, the score of positions that are not masked
 BELOW_ONE = 1 - 2.0**-24  # the largest fp32 number below 1

@@ -23,7 +23,7 @@ from dllm_rl.rng import row_seeds, uniforms
 from dllm_rl.samplers.canvas import RANK_STREAM, TOKEN_STREAM
 from dllm_rl.samplers.sampler import Sampler
 from dllm_rl.samplers.unmask import check_fits
-from dllm_rl.types import MIN_TEMPERATURE, Prompts, Renoised, Rollout
+from dllm_rl.types.rollouts import MIN_TEMPERATURE, Prompts, Renoised, Rollout
 
 NOISE_STREAM = RANK_STREAM  # for the random tokens; this sampler has no ranks, so their stream is free
 

@@ -35,7 +35,7 @@ from dllm_rl.samplers.rules import (
     Scores,
     above_threshold,
 )
-from dllm_rl.types import Events
+from dllm_rl.types.rollouts import Events
 
 
 class Remask(Commit):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dllm_rl.decoding.order import draw_set
 from dllm_rl.records import FunctionRecord, Record, option
-from dllm_rl.types import MIN_TEMPERATURE
+from dllm_rl.types.rollouts import MIN_TEMPERATURE
 
 Logits = Float[Tensor, "K V"]
 PerPosition = Float[Tensor, " K"]

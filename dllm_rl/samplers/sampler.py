@@ -7,7 +7,8 @@ from torch import Generator
 
 from dllm_rl.models.base import Policy
 from dllm_rl.records import Record, annotations_of, describe, option
-from dllm_rl.types import Prompts, Rollout, decorate_own, given_copies
+from dllm_rl.types.batch_record import decorate_own, given_copies
+from dllm_rl.types.rollouts import Prompts, Rollout
 
 
 class Sampler(Record):

@@ -26,7 +26,7 @@ from dllm_rl.samplers.choose import StepSampler
 from dllm_rl.samplers.rules import Commit, MaxProb, Rank, Schedule, steps_per_block
 from dllm_rl.samplers.sampler import Sampler
 from dllm_rl.samplers.whole_step import CompiledSteps
-from dllm_rl.types import Prompts, Rollout, SamplingParams
+from dllm_rl.types.rollouts import Prompts, Rollout, SamplingParams
 
 
 class Unmask(Sampler):

@@ -16,7 +16,8 @@ from dllm_rl.device import copy_to_device
 from dllm_rl.distributed.collectives import collective, gather_on_host
 from dllm_rl.step.samples import Samples, active_rows
 from dllm_rl.step.settings import StepSettings
-from dllm_rl.types import Rollout, group_numbers, starts_group
+from dllm_rl.types.groups import group_numbers, starts_group
+from dllm_rl.types.rollouts import Rollout
 
 GroupSlot = tuple[int, int]  # a process, and the index of a group among that process's groups
 UPDATE_COST = 3  # cost of an update's forward and backward, relative to a forward that only scores

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from dllm_rl.algorithms.advantages import Advantages, has_unequal_rewards
 from dllm_rl.algorithms.prompt_sources import RewardHistory
+from dllm_rl.decoding.prompts import encode, prompt_ids
 from dllm_rl.decoding.support import with_support
-from dllm_rl.decoding.tokens import completion_token_ids, costs_of, encode, prompt_ids, texts_to_grade
+from dllm_rl.decoding.texts import completion_token_ids, costs_of, texts_to_grade
 from dllm_rl.device import copy_to_device
 from dllm_rl.distributed.collectives import (
     SumsAndCounts,
@@ -34,7 +35,7 @@ from dllm_rl.step.samples import Samples, rows_of_processes
 from dllm_rl.step.settings import StepSettings
 from dllm_rl.tasks.base import Problem, Reward, component_fractions, grade
 from dllm_rl.tasks.user_code import process_restored
-from dllm_rl.types import Rollout
+from dllm_rl.types.rollouts import Rollout
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,9 @@ from dllm_rl.monitoring.log import RunLog
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.step.samples import Samples
 from dllm_rl.step.settings import StepSettings
-from dllm_rl.types import Copied, Logprobs, Rollout, Views, decorate_own, given_copies
+from dllm_rl.types.batch_record import Copied, decorate_own, given_copies
+from dllm_rl.types.rollouts import Rollout
+from dllm_rl.types.scoring import Logprobs, Views
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer

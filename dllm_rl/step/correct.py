@@ -24,7 +24,7 @@ from dllm_rl.likelihoods.views import num_row_forwards
 from dllm_rl.step.context import StepContext
 from dllm_rl.step.samples import Samples, active_rows
 from dllm_rl.step.score import ScoredSamples
-from dllm_rl.types import Batch, Logprobs, Views
+from dllm_rl.types.scoring import Batch, Logprobs, Views
 
 
 def make_batches(context: StepContext, scored: ScoredSamples) -> tuple[list[Batch], dict[str, float]]:

@@ -13,7 +13,10 @@ from torch import Tensor
 
 from dllm_rl.device import copy_to_device
 from dllm_rl.step.settings import StepSettings
-from dllm_rl.types import Copied, Logprobs, Rollout, any_in_group, starts_group
+from dllm_rl.types.batch_record import Copied
+from dllm_rl.types.groups import any_in_group, starts_group
+from dllm_rl.types.rollouts import Rollout
+from dllm_rl.types.scoring import Logprobs
 
 
 def rows_of_processes(sizes: Int[Tensor, " P"], num_processes: int) -> tuple[int, ...]:

@@ -22,7 +22,10 @@ from dllm_rl.step.balance import balance
 from dllm_rl.step.context import StepContext
 from dllm_rl.step.samples import Samples, active_rows
 from dllm_rl.step.settings import MEASURE_STEPS, StepSettings
-from dllm_rl.types import Logprobs, RetainedGraphs, Rollout, Views, any_in_group, group_numbers, starts_group
+from dllm_rl.types.groups import any_in_group, group_numbers, starts_group
+from dllm_rl.types.retained_graphs import RetainedGraphs
+from dllm_rl.types.rollouts import Rollout
+from dllm_rl.types.scoring import Logprobs, Views
 
 
 @dataclass(frozen=True)

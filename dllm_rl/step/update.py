@@ -32,7 +32,8 @@ from dllm_rl.step.correct import make_batches
 from dllm_rl.step.samples import Samples, StepResult
 from dllm_rl.step.score import score_samples
 from dllm_rl.step.settings import UpdateSettings
-from dllm_rl.types import Batch, Rollout
+from dllm_rl.types.rollouts import Rollout
+from dllm_rl.types.scoring import Batch
 
 MEASURED_ROWS = 16  # rows of each process that `update_direction` measures
 MEASURED_VIEWS = 4

@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from dllm_rl.models.base import Policy
 from dllm_rl.models.denoiser import Prefix, conditioning
 from dllm_rl.models.logprobs import token_logprobs
-from dllm_rl.types import SamplingParams
+from dllm_rl.types.rollouts import SamplingParams
 
 SELF_CONDITIONED_SHARE = 0.5  # share of the examples that are self-conditioned [TRL's example, NeMo]
 

@@ -10,7 +10,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from dllm_rl.decoding.tokens import begin_ids, check_chat, conversation_ids, prompt_ids, text_ids
+from dllm_rl.decoding.chat import check_chat, conversation_ids
+from dllm_rl.decoding.prompts import prompt_ids
+from dllm_rl.decoding.tokens import text_ids
+from dllm_rl.decoding.vocabulary import begin_ids
 from dllm_rl.models.base import Policy
 from dllm_rl.supervised.sft import SFT
 from dllm_rl.tasks.base import Problem

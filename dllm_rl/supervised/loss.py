@@ -9,12 +9,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from dllm_rl.decoding.tokens import ordinary_ids
+from dllm_rl.decoding.vocabulary import ordinary_ids
 from dllm_rl.likelihoods.packed import packed_hidden
 from dllm_rl.models.base import Policy
 from dllm_rl.models.logprobs import token_logprobs
 from dllm_rl.supervised.examples import Example
-from dllm_rl.types import SamplingParams
+from dllm_rl.types.rollouts import SamplingParams
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,12 @@ from dataclasses import replace
 import torch
 from torch import Generator, Tensor
 
-from dllm_rl.decoding.tokens import completion_token_ids
+from dllm_rl.decoding.texts import completion_token_ids
 from dllm_rl.diagnostics.trace_check import check_trace, replayed
 from dllm_rl.models.base import Policy, copied
 from dllm_rl.models.rollout_engine import RolloutEngine
-from dllm_rl.types import Prompts, Rollout, group_sizes
+from dllm_rl.types.groups import group_sizes
+from dllm_rl.types.rollouts import Prompts, Rollout
 
 
 def check_engine(

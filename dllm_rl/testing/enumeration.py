@@ -25,7 +25,8 @@ from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.base import Policy
 from dllm_rl.models.checkpoint.families import DIFFUSION_LM
 from dllm_rl.step.score import token_entropy
-from dllm_rl.types import Batch, Rollout, SamplingParams, Views
+from dllm_rl.types.rollouts import Rollout, SamplingParams
+from dllm_rl.types.scoring import Batch, Views
 
 ROUNDING = 1e-6  # nats, and lengths of a gradient: what the toy's fp64 stays well below
 POPULATION = 2**13  # rows of the batch that a corrector sees: each outcome as often as it is likely, once at least

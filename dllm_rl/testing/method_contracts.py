@@ -13,7 +13,9 @@ from dllm_rl.algorithms.losses import K2, Loss, PPOClip, SequenceMean, policy_lo
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator, recorded
 from dllm_rl.models.base import Policy
 from dllm_rl.records import fit
-from dllm_rl.types import Batch, Rollout, Views, group_sizes
+from dllm_rl.types.groups import group_sizes
+from dllm_rl.types.rollouts import Rollout
+from dllm_rl.types.scoring import Batch, Views
 
 
 def check_corrector(method: Corrector | Loss | Callable[[TokenStats], TokenWeights], *, seed: int = 0) -> None:

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from dllm_rl.models.base import Policy, copied, trainable_parameters
 from dllm_rl.models.checkpoint.loading import has_known_family
-from dllm_rl.models.lora import add_lora, has_adapted_or_low_bit, merge_lora
+from dllm_rl.models.checks import DROPOUT, check_tokenizer
+from dllm_rl.models.load import load_policy, load_weights
+from dllm_rl.models.lora import add_lora, has_adapted_or_low_bit
 from dllm_rl.models.lora_settings import Lora
-from dllm_rl.models.policy import DROPOUT, check_tokenizer, load_policy, load_weights
+from dllm_rl.models.merge import merge_lora
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.quantization.schemes import FakeQuantize

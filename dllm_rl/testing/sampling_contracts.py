@@ -14,7 +14,7 @@ from dllm_rl.models.base import Policy, copied
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.samplers.rules import FunctionCommit, highest
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.types import Prompts, Rollout
+from dllm_rl.types.rollouts import Prompts, Rollout
 
 LENGTH = 4  # tokens of a completion; with a vocabulary of two, 16 completions are possible
 DRAWS, CHANGE = 512, 3e-4  # random numbers of each position and each rollout; by what the scores change

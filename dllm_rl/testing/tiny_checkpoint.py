@@ -14,9 +14,22 @@ from dllm_rl.models.checkpoint.loading import class_and_config, family_spec, loa
 from dllm_rl.models.tiny import random_module
 from dllm_rl.records import nearest_hint
 from dllm_rl.tasks import GSM8K, Countdown, Sudoku
-from dllm_rl.testing.model_check.text import CHAT, PARAGRAPH
 
 # The published model whose config.json gives the layout, and the fields that differ from it.
+PARAGRAPH = (
+    "Water never stays in one place for long. The sun warms the sea, and some of the water rises into the air as "
+    "vapor, which nobody can see. High above the ground the air is cold, and there the vapor turns into small drops "
+    "that form a cloud. The wind carries the cloud over the land. When the drops become too heavy, they fall as rain, "
+    "or as snow if it is cold enough. Some of the rain flows down the hills into a river, and the river takes it back "
+    "to the sea. The rest sinks into the ground, where the roots of trees and other plants drink it. In this way the "
+    "same water has moved around the world for many millions of years, and the glass of water on your table may once "
+    "have been part of a cloud."
+)
+CHAT = (
+    {"role": "user", "content": "What is the capital of France?"},
+    {"role": "assistant", "content": "The capital of France is Paris. It lies on the river Seine."},
+)
+
 LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llada": ("GSAI-ML/LLaDA-8B-Instruct", {}),
     "llada_moe": ("inclusionAI/LLaDA-MoE-7B-A1B-Instruct", {}),

@@ -19,7 +19,8 @@ from dllm_rl.samplers.sampler import Sampler
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.step.collect import component_arguments, component_reward_weights, compute_advantages
 from dllm_rl.step.settings import StepSettings
-from dllm_rl.types import SamplingParams, equal_groups
+from dllm_rl.types.groups import equal_groups
+from dllm_rl.types.rollouts import SamplingParams
 
 BF16_RELATIVE_STEPS = 512  # a change by less than 1/512 of a bf16 number is rounded away
 MAX_SAFE_RATE = 1e-4  # largest learning rate without a warning for a model of LARGE_MODEL parameters

@@ -6,7 +6,7 @@ from itertools import accumulate
 import torch
 from rich.table import Table
 
-from dllm_rl.decoding.tokens import written_tokens
+from dllm_rl.decoding.texts import written_tokens
 from dllm_rl.device import copy_to_device
 from dllm_rl.distributed.collectives import collective
 from dllm_rl.files import as_json
@@ -18,7 +18,8 @@ from dllm_rl.step.collect import GradedCompletion
 from dllm_rl.step.samples import Samples
 from dllm_rl.tasks.base import completion_metrics
 from dllm_rl.training.run import Run
-from dllm_rl.types import Logprobs, group_sizes
+from dllm_rl.types.groups import group_sizes
+from dllm_rl.types.scoring import Logprobs
 
 NUM_PROMPTS = 4  # prompts of a step that are shown, each with its completions of highest and lowest reward
 MAX_CHARACTERS = 160  # of a text in the table; a longer text shows its beginning and its end

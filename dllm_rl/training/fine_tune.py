@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from dllm_rl.checkpoints.resume import contents_of
 from dllm_rl.checkpoints.run_folder import in_own_folder, open_folder
 from dllm_rl.checkpoints.state import TrainingState
-from dllm_rl.decoding.tokens import begin_ids
+from dllm_rl.decoding.vocabulary import begin_ids
 from dllm_rl.distributed.collectives import from_main
 from dllm_rl.distributed.stop import as_written, leaving_nothing_behind
 from dllm_rl.groups import nested, with_groups

@@ -14,7 +14,7 @@ from dllm_rl import manifest
 from dllm_rl.algorithms.optimizers import keep_rate_ratios
 from dllm_rl.checkpoints.resume import allowed_changes
 from dllm_rl.checkpoints.state import TrainingState
-from dllm_rl.decoding.tokens import begin_ids
+from dllm_rl.decoding.vocabulary import begin_ids
 from dllm_rl.distributed.collectives import check_same, collective, from_main
 from dllm_rl.distributed.sharding import sharding_of
 from dllm_rl.distributed.stop import as_written
@@ -23,9 +23,11 @@ from dllm_rl.files import replacing
 from dllm_rl.models.base import Policy, copied, frozen_names, trainable_parameters
 from dllm_rl.models.checkpoint.adapters import load_adapter
 from dllm_rl.models.checkpoint.loading import checkpoint_folder, digest_of_checkpoint, has_known_family
+from dllm_rl.models.checks import check_weights
 from dllm_rl.models.forward.blocks import blocks_of
-from dllm_rl.models.lora import add_lora, is_bitsandbytes
-from dllm_rl.models.policy import check_weights, load_policy, load_weights
+from dllm_rl.models.load import load_policy, load_weights
+from dllm_rl.models.lora import add_lora
+from dllm_rl.models.low_bit import is_bitsandbytes
 from dllm_rl.models.rollout_engine import RolloutEngine
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
@@ -157,7 +159,7 @@ def check_no_adapters(policy: Policy, setting: str) -> None:
     if policy.lora is not None:
         raise ValueError(
             f"model has adapters of rank {policy.lora.r} already; merge them first, "
-            f"dllm_rl.models.lora.merge_lora(policy), and give {setting} to train new ones"
+            f"dllm_rl.models.merge.merge_lora(policy), and give {setting} to train new ones"
         )
 
 

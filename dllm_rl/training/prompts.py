@@ -10,7 +10,8 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors
 
 from dllm_rl.algorithms.prompt_sources import RewardHistory
-from dllm_rl.decoding.tokens import NO_ARGUMENTS, ids_and_blanks
+from dllm_rl.decoding.chat import NO_ARGUMENTS
+from dllm_rl.decoding.prompts import ids_and_blanks
 from dllm_rl.distributed.stop import as_written
 from dllm_rl.models.base import Policy
 from dllm_rl.recipe import Recipe

@@ -15,7 +15,7 @@ from dllm_rl.algorithms.optimizers import AdamW, AdamW8bit
 from dllm_rl.checkpoints import checkpoint
 from dllm_rl.checkpoints.run_folder import REHEARSAL
 from dllm_rl.checkpoints.state import TrainingState
-from dllm_rl.decoding.tokens import encode
+from dllm_rl.decoding.prompts import encode
 from dllm_rl.distributed.collectives import from_main
 from dllm_rl.files import remove
 from dllm_rl.models.base import Policy, join_uneven_forwards, trainable_parameters, with_new_layers
@@ -39,7 +39,8 @@ from dllm_rl.training.policies import RolloutCopy, make_optimizer
 from dllm_rl.training.sharded_learner import gather_on_main
 from dllm_rl.training.validation import check_measured, is_own_task, needed_metrics
 from dllm_rl.training.warmup import drawn_problems
-from dllm_rl.types import Rollout, any_in_group, equal_groups
+from dllm_rl.types.groups import any_in_group, equal_groups
+from dllm_rl.types.rollouts import Rollout
 
 MOMENT_BYTES: dict[Any, int] = {AdamW(): 8, AdamW8bit(): 2}  # bytes of state per trained weight, if known
 

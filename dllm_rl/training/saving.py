@@ -23,7 +23,7 @@ from dllm_rl.distributed.peers import Peers, is_collective_error
 from dllm_rl.distributed.sharding import sharding_of
 from dllm_rl.distributed.stop import Stopped, how_to_continue, run_exit_stack
 from dllm_rl.models.base import Policy
-from dllm_rl.models.lora import host_copy
+from dllm_rl.models.merge import host_copy
 from dllm_rl.step.context import StepContext, StepFeature
 from dllm_rl.tasks.user_code import process_restored
 from dllm_rl.training.any_recipe import AnyRecipe

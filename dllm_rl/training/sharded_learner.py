@@ -10,8 +10,9 @@ from dllm_rl.distributed.sharding import shard, sharding_of
 from dllm_rl.distributed.stop import as_written
 from dllm_rl.models.base import Module, Policy
 from dllm_rl.models.forward.blocks import backbone_of, blocks_of
-from dllm_rl.models.lora import add_lora, host_copy
+from dllm_rl.models.lora import add_lora
 from dllm_rl.models.lora_settings import Lora
+from dllm_rl.models.merge import host_copy
 from dllm_rl.recipe import Recipe
 from dllm_rl.training.any_recipe import AnyRecipe
 

@@ -17,7 +17,7 @@ from dllm_rl.checkpoints import checkpoint
 from dllm_rl.checkpoints.resume import MEMORY_SETTINGS, changes_since, contents_of, default_settings
 from dllm_rl.checkpoints.run_folder import clear_folder, open_folder
 from dllm_rl.checkpoints.state import TrainingState
-from dllm_rl.decoding.tokens import begin_ids
+from dllm_rl.decoding.vocabulary import begin_ids
 from dllm_rl.distributed.collectives import check_same, from_main, make_accelerator
 from dllm_rl.distributed.peers import Peers
 from dllm_rl.distributed.stop import Stop, how_to_continue, run_exit_stack

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dllm_rl import Policy
 from dllm_rl.models.base import gather_if_sharded
-from dllm_rl.models.lora import merged_tensors
+from dllm_rl.models.merge import merged_tensors
 
 Format = Literal["F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_0", "Q4_0"]
 # llama.cpp's name for a class: causal, or with full attention (LLaDA is an un-causaled Llama, Dream a Qwen2).

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dllm_rl import Coupled, LikelihoodEstimator, Prompts, Rollout, Unmask, check_estimator, option, tiny_masked_lm
 from dllm_rl.likelihoods import masks
-from dllm_rl.types import Views, ViewTensors
+from dllm_rl.types.scoring import Views, ViewTensors
 
 
 def block_view(

@@ -11,7 +11,7 @@ import torch
 
 from dllm_rl import LikelihoodEstimator, Prompts, Unmask, check_estimator, tiny_masked_lm
 from dllm_rl.likelihoods.masks import row_generators, uniforms_at, uniforms_per_row
-from dllm_rl.types import Views
+from dllm_rl.types.scoring import Views
 
 
 class CoupledGRPO(LikelihoodEstimator):

@@ -13,7 +13,7 @@ from dllm_rl.models.rollout_engine import FunctionEngine
 from dllm_rl.rng import row_seeds
 from dllm_rl.samplers.sampler import Sampler
 from dllm_rl.testing import check_engine
-from dllm_rl.types import SamplingParams
+from dllm_rl.types.rollouts import SamplingParams
 
 
 class AtOnce(Sampler):

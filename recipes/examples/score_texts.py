@@ -8,7 +8,8 @@ python -m recipes.examples.score_texts
 import torch
 
 from dllm_rl import ELBO, tiny_masked_lm
-from dllm_rl.decoding.tokens import as_rollout, prompt_ids, text_ids
+from dllm_rl.decoding.prompts import prompt_ids
+from dllm_rl.decoding.tokens import as_rollout, text_ids
 
 policy, estimator = tiny_masked_lm(characters="12345678="), ELBO(num_samples=128)
 rollout = as_rollout(policy, [(prompt_ids(policy, "12="), text_ids(policy, "21"))])  # pairs of prompt and answer

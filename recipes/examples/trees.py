@@ -37,10 +37,11 @@ from dllm_rl import (
     train,
 )
 from dllm_rl.algorithms.advantages import to_groups
-from dllm_rl.decoding.tokens import encode
+from dllm_rl.decoding.prompts import encode
 from dllm_rl.rng import generator_for, row_seeds
 from dllm_rl.samplers.rules import order_probability
-from dllm_rl.types import BatchRecord, group_sizes, starts_group
+from dllm_rl.types.batch_record import BatchRecord
+from dllm_rl.types.groups import group_sizes, starts_group
 from recipes.sudoku_unique import recipe as base
 
 

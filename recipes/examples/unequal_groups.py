@@ -15,7 +15,7 @@ from dllm_rl import LeaveOneOut, StepFeature, main
 from dllm_rl.algorithms.prompt_sources import UniformPrompts
 from dllm_rl.records import option
 from dllm_rl.tasks import Sudoku
-from dllm_rl.types import group_numbers
+from dllm_rl.types.groups import group_numbers
 from recipes.sudoku_unique import recipe as base
 
 

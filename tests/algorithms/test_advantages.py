@@ -18,7 +18,7 @@ from dllm_rl.algorithms.advantages import (
     to_rows,
 )
 from dllm_rl.records import fit, subclasses
-from dllm_rl.types import equal_groups
+from dllm_rl.types.groups import equal_groups
 
 # Two groups of three. Means 2 and 5; centered (-1, 0, 1) and (-4, 0, 4); sample std 1 and sqrt(32/2) = 4.
 REWARDS = tensor([[1.0, 2.0, 3.0], [1.0, 5.0, 9.0]])

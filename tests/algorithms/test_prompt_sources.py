@@ -24,7 +24,7 @@ from dllm_rl.rng import generator_for
 from dllm_rl.step.collect import draw_group_sizes, prompt_indices
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.training.trainer import train
-from dllm_rl.types import equal_groups
+from dllm_rl.types.groups import equal_groups
 
 pytestmark = pytest.mark.usefixtures("no_rehearsal")
 

@@ -16,7 +16,7 @@ from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.step.score import token_entropy
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.training.trainer import train
-from dllm_rl.types import Prompts
+from dllm_rl.types.rollouts import Prompts
 
 pytestmark = pytest.mark.usefixtures("no_rehearsal")
 

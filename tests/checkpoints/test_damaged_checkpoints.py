@@ -19,7 +19,7 @@ from dllm_rl import load_policy, manifest, tiny_masked_lm
 from dllm_rl.checkpoints import checkpoint
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.cli.main import main
-from dllm_rl.models.policy import load_weights
+from dllm_rl.models.load import load_weights
 from dllm_rl.training.policies import make_optimizer
 from dllm_rl.training.trainer import train
 

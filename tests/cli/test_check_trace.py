@@ -10,7 +10,7 @@ from torch import Generator
 from dllm_rl import Unmask, tiny_llama
 from dllm_rl.cli.main import main
 from dllm_rl.diagnostics.traces import write_trace
-from dllm_rl.types import Prompts
+from dllm_rl.types.rollouts import Prompts
 
 
 @pytest.fixture(scope="module")

@@ -71,7 +71,7 @@ def test_the_doctor_looks_at_what_the_options_say(monkeypatch, tmp_path):
         seen.update(given, scheme=scheme)
         raise ValueError("this is enough")
 
-    monkeypatch.setattr("dllm_rl.diagnostics.doctor.diagnose", looked)
+    monkeypatch.setattr("dllm_rl.doctor.mismatch.diagnose", looked)
     words = "--quantization none --num_prompts 3 --max_new_tokens 8 --diffusion_steps 4 --temperature 0.5 --seed 7"
     assert main(["doctor", str(tmp_path), "--task", "sudoku", *words.split()]) == 2
     assert (seen["scheme"], seen["seed"], seen["prompts"].group.tolist()) == (None, 7, [0, 0, 1, 1, 2, 2])

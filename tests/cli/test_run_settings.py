@@ -313,7 +313,7 @@ def test_doctor_takes_task_sampler_and_scheme_from_the_run(run, monkeypatch, opt
         seen.update(scheme=scheme, sampler=sampler, group=prompts.group.tolist())
         raise ValueError("enough")
 
-    monkeypatch.setattr("dllm_rl.diagnostics.doctor.diagnose", diagnose)
+    monkeypatch.setattr("dllm_rl.doctor.mismatch.diagnose", diagnose)
     assert main(["doctor", str(run), "--num_prompts", "3", *options]) == 2
     sampler = stored_sampler(run, "sampler")
     assert sampler.temperature == 0.8
@@ -335,7 +335,7 @@ def test_a_doctor_asked_for_the_runs_task_samples_the_runs_problems(run, monkeyp
         seen.append([problem.prompt for problem in problems])
         raise ValueError("enough")
 
-    monkeypatch.setattr("dllm_rl.decoding.tokens.encode", encode)
+    monkeypatch.setattr("dllm_rl.decoding.prompts.encode", encode)
     task = Sudoku(split="test", clues=8)
     stored = run_settings.recipe_of(str(run)) | {"eval_task": to_json(task)}
     for module in (options_module, run_settings):

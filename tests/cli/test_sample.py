@@ -11,14 +11,15 @@ from tiny_recipe import SIZES
 
 from dllm_rl.cli import main as cli
 from dllm_rl.cli import sample
-from dllm_rl.decoding.tokens import encode, written_logprobs, written_tokens
+from dllm_rl.decoding.prompts import encode
+from dllm_rl.decoding.texts import written_logprobs, written_tokens
 from dllm_rl.models.tiny import tiny_diffusion_gemma, tiny_llama, tiny_masked_lm
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers import Renoise, Unmask
 from dllm_rl.samplers.sampler import FunctionSampler
 from dllm_rl.samplers.with_settings import sampler_with
 from dllm_rl.tasks.base import Problem
-from dllm_rl.types import Rollout
+from dllm_rl.types.rollouts import Rollout
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +134,7 @@ def test_prompts_may_stand_on_both_sides_of_an_option(checkpoint, capsys):
 
 
 def test_command_draws_every_step(checkpoint, capsys):
-    from dllm_rl.models.policy import load_policy
+    from dllm_rl.models.load import load_policy
 
     sample.sample_problems(load_policy(checkpoint), [Problem("12.=")], Unmask(max_new_tokens=4), seconds_per_step=0.0)
     out = capsys.readouterr().out

@@ -21,7 +21,7 @@ from dllm_rl import load_policy
 from dllm_rl.algorithms import correctors
 from dllm_rl.algorithms.losses import PPOClip
 from dllm_rl.decoding.support import with_support
-from dllm_rl.diagnostics.doctor import diagnose
+from dllm_rl.doctor.mismatch import diagnose
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.likelihoods import estimators
 from dllm_rl.likelihoods.views import each_view
@@ -36,7 +36,8 @@ from dllm_rl.samplers import Autoregress, Unmask, rules
 from dllm_rl.samplers.cache import BlockCache, DualCache, PrefixCache
 from dllm_rl.testing import make_stats
 from dllm_rl.training.trainer import train
-from dllm_rl.types import BatchRecord, Prompts
+from dllm_rl.types.batch_record import BatchRecord
+from dllm_rl.types.rollouts import Prompts
 from recipes.studies.likelihoods import surrogates as published
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]  # slow on a simulated device; `-m gpu` runs all on a real one

@@ -16,7 +16,7 @@ from tiny_recipe import tiny_recipe
 
 from dllm_rl import train
 from dllm_rl.algorithms.optimizers import AdamW8bit
-from dllm_rl.diagnostics.doctor import diagnose
+from dllm_rl.doctor.mismatch import diagnose
 from dllm_rl.likelihoods.estimators import OneStep, Trajectory
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.forward.float32_head import float32_linear
@@ -26,7 +26,7 @@ from dllm_rl.quantization import schemes
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.samplers import Unmask
-from dllm_rl.types import Prompts
+from dllm_rl.types.rollouts import Prompts
 
 pytestmark = [
     pytest.mark.gpu,

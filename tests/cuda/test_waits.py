@@ -22,7 +22,7 @@ from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.samplers import Unmask, rules
 from dllm_rl.samplers.cache import BlockCache, DualCache, PrefixCache
 from dllm_rl.training.trainer import train
-from dllm_rl.types import Prompts
+from dllm_rl.types.rollouts import Prompts
 
 SIZES = {"characters": "1234.=", "hidden_size": 16, "num_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
 ESTIMATORS = {

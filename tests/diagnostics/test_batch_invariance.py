@@ -24,7 +24,8 @@ from dllm_rl.samplers.sampler import FunctionSampler
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.training.trainer import train
-from dllm_rl.types import Logprobs, Prompts
+from dllm_rl.types.rollouts import Prompts
+from dllm_rl.types.scoring import Logprobs
 
 small = {"characters": "1234.=", "hidden_size": 32, "num_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 MODELS = {

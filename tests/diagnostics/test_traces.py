@@ -20,7 +20,7 @@ from dllm_rl.diagnostics.traces import read_trace, write_trace
 from dllm_rl.models.base import copied
 from dllm_rl.samplers import rules
 from dllm_rl.samplers.revise import Remask
-from dllm_rl.types import Prompts
+from dllm_rl.types.rollouts import Prompts
 
 OPTIONS = {"max_new_tokens": 8, "diffusion_steps": 4, "block_size": 4, "temperature": 0.7, "rank": rules.MaxProb()}
 

@@ -15,7 +15,7 @@ from tiny_recipe import SIZES
 from dllm_rl.distributed.collectives import OneProcess
 from dllm_rl.evaluation.completions import Completions, fingerprint, make_row
 from dllm_rl.evaluation.evaluate import row_seeds
-from dllm_rl.models.policy import load_policy
+from dllm_rl.models.load import load_policy
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.quantization.schemes import FakeQuantize

@@ -16,7 +16,8 @@ from refusals import refuses
 from sorting import Mini
 
 from dllm_rl import Problem, Reward, evaluate, quantized_copy
-from dllm_rl.decoding.tokens import before_end, completion_token_ids, decode, prompt_ids
+from dllm_rl.decoding.prompts import prompt_ids
+from dllm_rl.decoding.texts import before_end, completion_token_ids, decode
 from dllm_rl.distributed.collectives import OneProcess
 from dllm_rl.evaluation.complete import complete_problems
 from dllm_rl.evaluation.completions import fingerprint, merge_parts, read
@@ -31,7 +32,7 @@ from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.tasks import Sudoku, task_from_dataset
 from dllm_rl.tasks.base import grade
 from dllm_rl.tasks.protocols import under_protocol
-from dllm_rl.types import Rollout
+from dllm_rl.types.rollouts import Rollout
 
 ROOT = Path(__file__).parents[2]
 MODEL = {

@@ -22,7 +22,7 @@ from dllm_rl.models.base import Policy  # noqa: E402
 from dllm_rl.samplers.rules import Confidence  # noqa: E402
 from dllm_rl.samplers.unmask import Unmask  # noqa: E402
 from dllm_rl.tasks.sudoku import Sudoku  # noqa: E402
-from dllm_rl.types import Prompts, Rollout  # noqa: E402
+from dllm_rl.types.rollouts import Prompts, Rollout  # noqa: E402
 
 # Each process grades one completion beforehand, two of the first evaluation (the first process), then four a step.
 GRADED_IN_STEP_2 = 1 + 4 + 2

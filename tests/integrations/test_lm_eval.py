@@ -12,7 +12,7 @@ from dllm_rl.likelihoods.estimators import ELBO, Causal, Coupled, Trajectory
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers.autoregress import Autoregress
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.types import Prompts
+from dllm_rl.types.rollouts import Prompts
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an optional extra")
 lm_tasks = pytest.importorskip("lm_eval.tasks")

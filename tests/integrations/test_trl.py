@@ -76,7 +76,8 @@ from dllm_rl.models.tiny import tiny_diffusion_gemma, tiny_moe
 from dllm_rl.step.samples import Samples
 from dllm_rl.step.update import train_step
 from dllm_rl.training.make_step import make_step
-from dllm_rl.types import Batch, Rollout, Views
+from dllm_rl.types.rollouts import Rollout
+from dllm_rl.types.scoring import Batch, Views
 
 LIKELIHOODS = [Trajectory(), OneStep(), ELBO(num_samples=2), Coupled()]
 CORRECTORS = [NoCorrection(), TIS(cap=1.01), AIS(), IcePop(), Reject(threshold=1e-4), TBPO()]

@@ -13,7 +13,8 @@ from dllm_rl.samplers.autoregress import Autoregress
 from dllm_rl.samplers.rules import Confidence, MaxProb, PlackettLuce, SoftThreshold
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.testing import check_estimator
-from dllm_rl.types import Prompts, Views
+from dllm_rl.types.rollouts import Prompts
+from dllm_rl.types.scoring import Views
 
 SMALL = {
     "characters": "abcdefgh",

@@ -10,7 +10,7 @@ from likelihood_toys import COMPLETION, LENGTH, TOY, WORDS, TablePolicy, all_exa
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.masks import coupled_views
 from dllm_rl.likelihoods.views import each_view
-from dllm_rl.types import Views
+from dllm_rl.types.scoring import Views
 from recipes.examples import bounds
 
 

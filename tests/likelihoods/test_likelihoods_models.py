@@ -14,7 +14,9 @@ from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers.autoregress import Autoregress
 from dllm_rl.samplers.rules import MaxProb
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.types import Prompts, Rollout, Views, equal_groups
+from dllm_rl.types.groups import equal_groups
+from dllm_rl.types.rollouts import Prompts, Rollout
+from dllm_rl.types.scoring import Views
 
 SMALL = {
     "characters": "abcdefgh",

@@ -11,7 +11,7 @@ from dllm_rl.likelihoods.masks import (
     uniform_index,
     uniforms_per_row,
 )
-from dllm_rl.types import Rollout
+from dllm_rl.types.rollouts import Rollout
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -18,7 +18,8 @@ from dllm_rl.likelihoods.views import each_view
 from dllm_rl.samplers import rules
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.step.update import forward_backward
-from dllm_rl.types import Batch, Prompts, SamplingParams
+from dllm_rl.types.rollouts import Prompts, SamplingParams
+from dllm_rl.types.scoring import Batch
 
 GENERATOR = torch.Generator()
 

@@ -18,7 +18,9 @@ from dllm_rl.likelihoods.estimators import recorded
 from dllm_rl.samplers import rules
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.step.update import forward_backward
-from dllm_rl.types import Batch, Order, Prompts, RetainedGraphs, SamplingParams
+from dllm_rl.types.retained_graphs import RetainedGraphs
+from dllm_rl.types.rollouts import Order, Prompts, SamplingParams
+from dllm_rl.types.scoring import Batch
 
 GENERATOR = torch.Generator()
 SCORES = {

@@ -29,7 +29,8 @@ from dllm_rl.samplers.cache import BlockCache
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.step.update import forward_backward
 from dllm_rl.tasks.sudoku import Sudoku
-from dllm_rl.types import Batch, Prompts, Rollout
+from dllm_rl.types.rollouts import Prompts, Rollout
+from dllm_rl.types.scoring import Batch
 
 pytestmark = pytest.mark.usefixtures("no_rehearsal")
 

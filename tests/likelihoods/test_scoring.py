@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from repetitions import slow
 from tiny_recipe import Wrapped, tiny_recipe
 
-from dllm_rl.decoding.tokens import encode
+from dllm_rl.decoding.prompts import encode
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.estimators import ELBO, Causal, Coupled, OneStep, recorded
 from dllm_rl.likelihoods.packed import Packed, packed_mask
@@ -26,7 +26,9 @@ from dllm_rl.step.update import forward_backward
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.testing import check_estimator
 from dllm_rl.training.make_step import make_step
-from dllm_rl.types import Batch, Prompts, RetainedGraphs, Rollout, Views
+from dllm_rl.types.retained_graphs import RetainedGraphs
+from dllm_rl.types.rollouts import Prompts, Rollout
+from dllm_rl.types.scoring import Batch, Views
 
 SMALL = {
     "characters": "abcdefgh",

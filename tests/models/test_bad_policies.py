@@ -27,7 +27,7 @@ from dllm_rl import (
     tiny_llama,
     tiny_masked_lm,
 )
-from dllm_rl.decoding.tokens import encode
+from dllm_rl.decoding.prompts import encode
 from dllm_rl.models.base import FamilySpec, copied, frozen_names
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.tiny import char_tokenizer

@@ -10,7 +10,8 @@ from repetitions import slow
 
 from dllm_rl import Lora, Prompts, Trajectory, Unmask, check_policy, load_policy
 from dllm_rl.models.forward.batch_invariance import batch_invariant
-from dllm_rl.models.lora import add_lora, merge_lora
+from dllm_rl.models.lora import add_lora
+from dllm_rl.models.merge import merge_lora
 from dllm_rl.models.tiny import tiny_diffusion_gemma
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.quantization.schemes import FakeQuantize, Float8WeightOnly

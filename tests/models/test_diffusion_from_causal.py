@@ -7,7 +7,7 @@ from repetitions import slow
 
 from dllm_rl import Float8WeightOnly, Prompts, Unmask, load_policy
 from dllm_rl.likelihoods.estimators import Causal
-from dllm_rl.models.policy import as_causal, diffusion_from_causal
+from dllm_rl.models.convert import as_causal, diffusion_from_causal
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.rng import generator_for

@@ -18,7 +18,7 @@ from dllm_rl.models.logprobs import (
     token_logprobs,
 )
 from dllm_rl.samplers import choose as propose_module
-from dllm_rl.types import SamplingParams
+from dllm_rl.types.rollouts import SamplingParams
 
 ROWS, WIDTH, VOCABULARY = 23, 8, 50
 FILTERS = {

@@ -17,19 +17,10 @@ from torch.overrides import TorchFunctionMode
 from dllm_rl import load_policy
 from dllm_rl.models import lora as lora_module
 from dllm_rl.models.checkpoint.adapters import adapter_state, load_adapter, save_adapter
-from dllm_rl.models.lora import (
-    STACKS,
-    Lora,
-    LoraExperts,
-    LoraLinear,
-    add_lora,
-    base_product,
-    is_stacked,
-    linear_of,
-    merge_lora,
-    merged_copy,
-    moe_layers,
-)
+from dllm_rl.models.lora import STACKS, LoraExperts, LoraLinear, add_lora, base_product, is_stacked, moe_layers
+from dllm_rl.models.lora_settings import Lora
+from dllm_rl.models.low_bit import linear_of
+from dllm_rl.models.merge import merge_lora, merged_copy
 from dllm_rl.models.tiny import tiny_moe
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.quantization.linear import UnstackedExperts

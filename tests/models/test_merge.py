@@ -7,16 +7,9 @@ from types import SimpleNamespace
 import torch
 from own_module import own_policy
 
-from dllm_rl.models.lora import (
-    Lora,
-    LoraLinear,
-    adapted_layers,
-    add_lora,
-    host_copy,
-    merge_lora,
-    merged_copy,
-    merged_state_dict,
-)
+from dllm_rl.models.lora import LoraLinear, adapted_layers, add_lora
+from dllm_rl.models.lora_settings import Lora
+from dllm_rl.models.merge import host_copy, merge_lora, merged_copy, merged_state_dict
 
 
 def test_a_tied_tensor_has_its_first_name_alone():

@@ -22,9 +22,9 @@ from transformers import (
 from dllm_rl import FamilySpec, load_policy, make_policy, register_family
 from dllm_rl.models.base import CheckpointFiles, encode_roberta, mlm_head
 from dllm_rl.models.checkpoint import families
+from dllm_rl.models.load import load_weights
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.lora_settings import Lora
-from dllm_rl.models.policy import load_weights
 from dllm_rl.models.tiny import char_tokenizer
 
 TOKENS = torch.tensor([[3, 4, 5, 6, 7, 4]])

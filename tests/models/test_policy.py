@@ -16,14 +16,14 @@ from transformers.models.llama import modeling_llama
 from transformers.utils import logging
 
 from dllm_rl import check_policy, load_policy, make_policy, train
-from dllm_rl.decoding.tokens import before_end, completion_token_ids, decode
+from dllm_rl.decoding.texts import before_end, completion_token_ids, decode
 from dllm_rl.likelihoods.estimators import Causal, Trajectory
 from dllm_rl.models.base import FamilySpec, shift_states
 from dllm_rl.models.forward.blocks import blocks_of
 from dllm_rl.models.tiny import char_tokenizer, tiny_llama, tiny_masked_lm
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers import Autoregress, Unmask
-from dllm_rl.types import Prompts, Rollout
+from dllm_rl.types.rollouts import Prompts, Rollout
 
 MAKERS = {
     "masked_lm": tiny_masked_lm,

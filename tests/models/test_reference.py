@@ -16,7 +16,7 @@ from dllm_rl.models.lora import adapted_layers, add_lora
 from dllm_rl.models.lora_settings import Lora
 from dllm_rl.samplers import sampler_for
 from dllm_rl.samplers.cache import BlockCache, DualCache, PrefixCache
-from dllm_rl.types import Prompts, Rollout
+from dllm_rl.types.rollouts import Prompts, Rollout
 
 TOKENS = torch.randint(3, 38, (2, 9), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(TOKENS, dtype=torch.bool)

@@ -12,25 +12,11 @@ import transformers
 from refusals import refuses
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from dllm_rl.decoding.tokens import (
-    as_rollout,
-    begin_ids,
-    completion_token_ids,
-    conversation_ids,
-    decode,
-    default_max_new_tokens,
-    encode,
-    full_texts,
-    ids_and_blanks,
-    ordinary_ids,
-    prompt_ids,
-    reads_otherwise,
-    special_texts,
-    text_ids,
-    text_of,
-    text_tokens,
-    texts_to_grade,
-)
+from dllm_rl.decoding.chat import conversation_ids
+from dllm_rl.decoding.prompts import encode, ids_and_blanks, prompt_ids
+from dllm_rl.decoding.texts import completion_token_ids, decode, full_texts, text_of, texts_to_grade
+from dllm_rl.decoding.tokens import as_rollout, default_max_new_tokens, text_ids
+from dllm_rl.decoding.vocabulary import begin_ids, ordinary_ids, reads_otherwise, special_texts, text_tokens
 from dllm_rl.integrations.serving.openai_api import read_request
 from dllm_rl.integrations.serving.settings import ServerSettings
 from dllm_rl.models.base import FamilySpec
@@ -39,7 +25,7 @@ from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.supervised.examples import example, solution_examples
 from dllm_rl.supervised.sft import SFT
 from dllm_rl.tasks.base import Problem
-from dllm_rl.types import Rollout
+from dllm_rl.types.rollouts import Rollout
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}<eos>{% endfor %}"

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from small_checkpoints import SIZES, edit
 
 from dllm_rl import load_policy
-from dllm_rl.decoding.tokens import prompt_ids
+from dllm_rl.decoding.prompts import prompt_ids
 from dllm_rl.models.checkpoint.adapters import load_adapter, save_adapter
 from dllm_rl.models.checkpoint.loading import build_empty, checkpoint_folder, without_implementation_fields
+from dllm_rl.models.load import load_weights
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.lora_settings import Lora
-from dllm_rl.models.policy import load_weights
 from dllm_rl.models.tiny import tiny_masked_lm
 
 

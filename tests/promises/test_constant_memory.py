@@ -25,7 +25,8 @@ from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.step.settings import UpdateSettings
 from dllm_rl.step.update import forward_backward, update
 from dllm_rl.testing import make_stats
-from dllm_rl.types import Batch, Prompts
+from dllm_rl.types.rollouts import Prompts
+from dllm_rl.types.scoring import Batch
 from recipes.examples import bounds
 
 SMALL = {

@@ -15,7 +15,7 @@ from tiny_recipe import SIZES, tiny_recipe
 from dllm_rl.algorithms.correctors import NoCorrection
 from dllm_rl.cli.main import main
 from dllm_rl.cli.sample import sample_problems
-from dllm_rl.decoding.tokens import encode
+from dllm_rl.decoding.prompts import encode
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.likelihoods.estimators import OneStep, Trajectory
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm

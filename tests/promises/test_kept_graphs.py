@@ -12,7 +12,7 @@ from tiny_recipe import tiny_recipe_ar
 
 from dllm_rl.algorithms.advantages import GroupRelative
 from dllm_rl.algorithms.correctors import TIS, NoCorrection, QaRL
-from dllm_rl.decoding.tokens import encode
+from dllm_rl.decoding.prompts import encode
 from dllm_rl.likelihoods.estimators import ELBO, Coupled, OneStep
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.lora_settings import Lora
@@ -24,7 +24,8 @@ from dllm_rl.step.score import ScoredSamples, draw_view_sets, metric_weights, re
 from dllm_rl.step.update import forward_backward, update
 from dllm_rl.training.make_step import make_step
 from dllm_rl.training.policies import make_optimizer
-from dllm_rl.types import RetainedGraphs, any_in_group
+from dllm_rl.types.groups import any_in_group
+from dllm_rl.types.retained_graphs import RetainedGraphs
 from recipes.examples.bounds import Sandwich
 from recipes.studies.likelihoods.surrogates import StableDRL
 

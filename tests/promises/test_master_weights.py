@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from tiny_recipe import SIZES, tiny_recipe
 
 from dllm_rl import quantized_copy, train
-from dllm_rl.models.lora import add_lora, merged_copy
+from dllm_rl.models.lora import add_lora
 from dllm_rl.models.lora_settings import Lora
+from dllm_rl.models.merge import merged_copy
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import sync_weights
 from dllm_rl.quantization.schemes import FakeQuantize, Float8DynamicEmulated, Float8WeightOnly

@@ -11,7 +11,7 @@ from dllm_rl.samplers.choose import order_agreement
 from dllm_rl.samplers.rules import Confidence, MaxProb, PlackettLuce, RandomOrder
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.training.trainer import train
-from dllm_rl.types import Prompts
+from dllm_rl.types.rollouts import Prompts
 
 pytestmark = pytest.mark.usefixtures("no_rehearsal")
 

@@ -11,8 +11,8 @@ from sft_toys import tiny_sft
 from tiny_recipe import tiny_recipe
 
 from dllm_rl import NoCorrection, tiny_masked_lm
+from dllm_rl.models.load import load_weights
 from dllm_rl.models.lora_settings import Lora
-from dllm_rl.models.policy import load_weights
 from dllm_rl.training.fine_tune import fine_tune
 from dllm_rl.training.trainer import train
 

@@ -28,7 +28,7 @@ from dllm_rl.step import update
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.training.late_rollouts.schedule import InProcessPool
 from dllm_rl.training.trainer import train
-from dllm_rl.types import Prompts
+from dllm_rl.types.rollouts import Prompts
 from recipes.examples import bounds
 
 pytestmark = pytest.mark.usefixtures("no_rehearsal")

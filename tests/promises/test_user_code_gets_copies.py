@@ -13,7 +13,7 @@ from dllm_rl import ELBO, TIS, Commit, Coupled, Rank, StepFeature, Trajectory, U
 from dllm_rl.algorithms.losses import PPOClip
 from dllm_rl.algorithms.prompt_sources import MixedRewardPrompts
 from dllm_rl.samplers.rules import highest
-from dllm_rl.types import Copied
+from dllm_rl.types.batch_record import Copied
 
 pytestmark = pytest.mark.usefixtures("no_rehearsal")
 

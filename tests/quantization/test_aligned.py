@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from emulated import CPU_SCHEMES, int3_emulated
 from repetitions import few
 
-from dllm_rl.models.lora import add_lora, merged_copy
+from dllm_rl.models.lora import add_lora
 from dllm_rl.models.lora_settings import Lora
+from dllm_rl.models.merge import merged_copy
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization import schemes as quantize
 from dllm_rl.quantization.aligned import aligned_forward

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from dllm_rl import load_policy
-from dllm_rl.diagnostics.doctor import operands
+from dllm_rl.doctor.mismatch import operands
 from dllm_rl.models.base import copied
 from dllm_rl.models.forward.batch_invariance import batch_invariant
 from dllm_rl.models.lora import add_lora, is_stacked

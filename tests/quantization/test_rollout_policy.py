@@ -19,8 +19,9 @@ from torchao.quantization import (
 )
 
 from dllm_rl.models.base import LLAMA_LINEARS
-from dllm_rl.models.lora import add_lora, merged_copy
+from dllm_rl.models.lora import add_lora
 from dllm_rl.models.lora_settings import Lora
+from dllm_rl.models.merge import merged_copy
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization import rollout_policy
 from dllm_rl.quantization import schemes as quantize
@@ -29,7 +30,7 @@ from dllm_rl.quantization.rollout_policy import quantize_weight, quantized_copy,
 from dllm_rl.quantization.schemes import FakeQuantize
 from dllm_rl.records import describe
 from dllm_rl.step.update import check_staleness
-from dllm_rl.types import Rollout, SamplingParams
+from dllm_rl.types.rollouts import Rollout, SamplingParams
 
 SCHEMES = [*CPU_SCHEMES.values()]
 small = {

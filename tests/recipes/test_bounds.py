@@ -24,7 +24,7 @@ from likelihood_toys import (
 
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.models.tiny import tiny_masked_lm
-from dllm_rl.types import Views
+from dllm_rl.types.scoring import Views
 from recipes.examples.bounds import EUBO, BlockELBO, Quadrature, Sandwich, block_view, upper_bound
 
 

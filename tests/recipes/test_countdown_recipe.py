@@ -6,7 +6,8 @@ from functools import partial
 import pytest
 
 from dllm_rl.config import from_command_line
-from dllm_rl.decoding.tokens import decode, encode
+from dllm_rl.decoding.prompts import encode
+from dllm_rl.decoding.texts import decode
 from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.rng import generator_for
 from dllm_rl.training.trainer import train

@@ -9,7 +9,7 @@ from dllm_rl import AIS, ELBO, Coupled, Int4WeightOnly, OneStep, Trajectory
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.testing.enumeration import contributions as scored
-from dllm_rl.types import Rollout, SamplingParams
+from dllm_rl.types.rollouts import Rollout, SamplingParams
 from recipes.studies.quantized import estimates
 from recipes.studies.quantized.estimates import (
     DRAWS,

@@ -11,7 +11,7 @@ import torch
 from dllm_rl import ELBO, Confidence, Coupled, MaxProb, Prompts, Rank, Schedule, Threshold, Trajectory, Unmask
 from dllm_rl.files import read_json
 from dllm_rl.testing.enumeration import ToyPolicy, contributions, per_outcome
-from dllm_rl.types import Rollout
+from dllm_rl.types.rollouts import Rollout
 from recipes.examples.fork_grpo import Fork, ForkSteps
 from recipes.examples.informed_masking import change_of_confidence, informed_masks
 from recipes.examples.just_grpo_fast import LeastCertain

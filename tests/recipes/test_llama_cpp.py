@@ -20,7 +20,7 @@ from dllm_rl.models.lora import add_lora
 from dllm_rl.models.lora_settings import Lora
 from dllm_rl.models.tiny import char_tokenizer
 from dllm_rl.testing import check_engine
-from dllm_rl.types import Prompts
+from dllm_rl.types.rollouts import Prompts
 from recipes.engines import llama_cpp as engine
 from recipes.engines.gguf_file import as_rotated, write_gguf
 from recipes.engines.llama_cpp import LlamaCpp

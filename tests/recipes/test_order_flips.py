@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dllm_rl import Confidence, Int4WeightOnly, LeftToRight, MaxProb, Problem, Unmask
-from dllm_rl.decoding.tokens import encode
+from dllm_rl.decoding.prompts import encode
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.samplers.rules import PlackettLuce

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from dllm_rl import Problem, grpo, load_policy, train
 from dllm_rl.config import override
-from dllm_rl.decoding.tokens import ids_and_blanks
+from dllm_rl.decoding.prompts import ids_and_blanks
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.training.fine_tune import fine_tune
 from recipes import antibody_cdr3 as antibody

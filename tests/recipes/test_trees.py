@@ -35,7 +35,8 @@ from dllm_rl import (
 from dllm_rl.algorithms.losses import K3, policy_loss
 from dllm_rl.step.samples import Samples
 from dllm_rl.testing.enumeration import ToyPolicy, contributions, per_outcome
-from dllm_rl.types import Batch, equal_groups
+from dllm_rl.types.groups import equal_groups
+from dllm_rl.types.scoring import Batch
 from recipes.examples.trees import NodeAdvantages, Tree, recipe, tree
 
 pytestmark = pytest.mark.usefixtures("no_rehearsal")

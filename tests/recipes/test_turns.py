@@ -12,7 +12,8 @@ from refusals import refuses
 from run_outputs import metrics_of
 
 from dllm_rl import ELBO, Confidence, Coupled, MaxProb, OneStep, Prompts, Trajectory, Unmask
-from dllm_rl.decoding.tokens import completion_token_ids, text_ids
+from dllm_rl.decoding.texts import completion_token_ids
+from dllm_rl.decoding.tokens import text_ids
 from dllm_rl.diagnostics.traces import write_trace
 from dllm_rl.likelihoods.estimators import recorded
 from dllm_rl.models.base import trainable_parameters

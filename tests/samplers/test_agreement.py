@@ -9,7 +9,7 @@ from likelihood_toys import TablePolicy
 from dllm_rl.samplers import rules
 from dllm_rl.samplers.choose import order_agreement
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.types import Events, Prompts
+from dllm_rl.types.rollouts import Events, Prompts
 
 LENGTH = 4
 

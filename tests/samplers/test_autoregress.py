@@ -15,7 +15,7 @@ from dllm_rl.models.base import copied
 from dllm_rl.models.logprobs import process
 from dllm_rl.models.rollout_engine import with_forward
 from dllm_rl.models.tiny import tiny_llama
-from dllm_rl.types import SamplingParams
+from dllm_rl.types.rollouts import SamplingParams
 
 SMALL = {"hidden_size": 32, "num_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 PROMPTS = [[5, 9, 4], [7, 12, 30, 8, 21, 6], [11]]

@@ -14,15 +14,16 @@ from repetitions import few, pairwise, slow
 
 from dllm_rl import load_policy
 from dllm_rl.likelihoods.estimators import Trajectory
+from dllm_rl.models.convert import diffusion_from_causal
 from dllm_rl.models.kv_cache import KVCache
-from dllm_rl.models.policy import diffusion_from_causal, make_policy
+from dllm_rl.models.policy import make_policy
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers import rules
 from dllm_rl.samplers.autoregress import Autoregress
 from dllm_rl.samplers.cache import BlockCache, CachedForward, DualCache, PrefixCache
 from dllm_rl.samplers.canvas import make_canvas
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.types import Prompts
+from dllm_rl.types.rollouts import Prompts
 
 IDS = [[5, 6, 7, 8, 9], [10], [11, 12, 13, 14, 15, 16, 17, 18], [3, 4, 5, 6]]
 COMMITS = {"schedule": rules.Schedule(), "threshold": rules.Threshold(tau=0.1)}

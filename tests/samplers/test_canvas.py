@@ -7,7 +7,7 @@ from likelihood_toys import TablePolicy
 
 from dllm_rl.samplers.canvas import BlockTracker, block_first_step, make_canvas, positions_of, put
 from dllm_rl.samplers.revise import packed_events
-from dllm_rl.types import Prompts, SamplingParams
+from dllm_rl.types.rollouts import Prompts, SamplingParams
 
 SEEDS = [7, 8]
 MASK = 2  # of a policy of two words; 3 is its prompt token and 4 its padding

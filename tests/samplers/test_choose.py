@@ -23,7 +23,7 @@ from dllm_rl.samplers.canvas import BlockTracker, make_canvas, positions_of
 from dllm_rl.samplers.choose import StepSampler, rank_and_draw
 from dllm_rl.samplers.rules import Confidence, MaxProb
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.types import FilterSupport, Prompts, Rollout, SamplingParams
+from dllm_rl.types.rollouts import FilterSupport, Prompts, Rollout, SamplingParams
 
 pytestmark = pytest.mark.usefixtures("no_rehearsal")
 

@@ -41,7 +41,7 @@ from dllm_rl.rng import uniforms
 from dllm_rl.samplers import revise, rules
 from dllm_rl.samplers.canvas import TOKEN_STREAM
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.types import Prompts
+from dllm_rl.types.rollouts import Prompts
 
 pytestmark = pytest.mark.slow  # what editing writes is worked by hand in test_revise.py
 MASK, EOS = 1, 2

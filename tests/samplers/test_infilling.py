@@ -19,7 +19,7 @@ from dllm_rl.samplers import rules
 from dllm_rl.samplers.autoregress import Autoregress
 from dllm_rl.samplers.cache import PrefixCache
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.types import Prompts
+from dllm_rl.types.rollouts import Prompts
 from tests.support.likelihood_toys import TablePolicy, elbo_by_hand
 
 CHARACTERS = "0123456789 abcdefghijklmnop"

@@ -14,7 +14,7 @@ from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.samplers import rules
 from dllm_rl.samplers.cache import BlockCache, DualCache, PrefixCache
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.types import Prompts
+from dllm_rl.types.rollouts import Prompts
 
 CHARACTERS = "0123456789 abcdefghijklmnop"
 SIZES = [3, 40, 9, 40, 17, 4]

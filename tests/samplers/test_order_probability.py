@@ -11,7 +11,7 @@ from dllm_rl.samplers import revise, rules, whole_step
 from dllm_rl.samplers.rules import FunctionCommit, FunctionRank, order_probability
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.testing import check_order
-from dllm_rl.types import Prompts
+from dllm_rl.types.rollouts import Prompts
 
 LENGTH = 4
 RANKS = {

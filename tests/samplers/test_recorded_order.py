@@ -16,7 +16,7 @@ from dllm_rl.samplers.cache import DualCache
 from dllm_rl.samplers.rules import Confidence, PlackettLuce, SoftThreshold
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.tasks import Sudoku
-from dllm_rl.types import Prompts
+from dllm_rl.types.rollouts import Prompts
 
 pytestmark = pytest.mark.usefixtures("no_rehearsal")
 

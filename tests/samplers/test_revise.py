@@ -17,7 +17,7 @@ from dllm_rl.samplers import revise, rules
 from dllm_rl.samplers.cache import DualCache
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.tasks.sudoku import Sudoku
-from dllm_rl.types import Prompts
+from dllm_rl.types.rollouts import Prompts
 from tests.support.likelihood_toys import TablePolicy
 from tests.support.tiny_recipe import SIZES, tiny_recipe
 

@@ -14,7 +14,7 @@ from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers import Unmask, revise, rules
 from dllm_rl.samplers.with_settings import with_settings
-from dllm_rl.types import Prompts
+from dllm_rl.types.rollouts import Prompts
 
 LN2 = math.log(2)
 # One position with probabilities 1/2, 1/4, 1/4, 0, and a uniform one.

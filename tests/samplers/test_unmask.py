@@ -18,7 +18,7 @@ from dllm_rl.samplers.cache import DualCache
 from dllm_rl.samplers.canvas import BlockTracker, make_canvas
 from dllm_rl.samplers.choose import StepSampler
 from dllm_rl.samplers.unmask import RaggedSteps, Unmask, check_fits
-from dllm_rl.types import Prompts, SamplingParams
+from dllm_rl.types.rollouts import Prompts, SamplingParams
 
 CHARACTERS = "0123456789 abcdefghijklmnop"
 LENGTH = 32

@@ -13,7 +13,7 @@ from dllm_rl.models.checkpoint.families import FamilySpec
 from dllm_rl.rng import uniforms
 from dllm_rl.samplers import rules
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.types import Prompts
+from dllm_rl.types.rollouts import Prompts
 
 MASK, LENGTH, DRAWS = 3, 3, 50_000
 STATES = 4**LENGTH

@@ -18,13 +18,15 @@ from tiny_recipe import tiny_recipe
 from dllm_rl import LeaveOneOut, Prompts, Rollout, StepFeature, Trajectory, train
 from dllm_rl.algorithms.losses import K3, Reinforce, SequenceMean, policy_loss
 from dllm_rl.algorithms.prompt_sources import RewardHistory, UniformPrompts
-from dllm_rl.decoding.tokens import encode
+from dllm_rl.decoding.prompts import encode
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers.autoregress import Autoregress
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.step.samples import Samples, rows_of_processes
-from dllm_rl.types import Batch, Views, equal_groups, group_sizes, pack_groups
+from dllm_rl.types.groups import equal_groups, group_sizes
+from dllm_rl.types.rollouts import pack_groups
+from dllm_rl.types.scoring import Batch, Views
 from recipes.examples.unequal_groups import EqualPrompts, MoreWhereMixed
 
 pytestmark = pytest.mark.usefixtures("no_rehearsal")

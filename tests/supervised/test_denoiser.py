@@ -9,9 +9,9 @@ from refusals import refused
 from sft_toys import ROWS, masks, tiny_sft, trainer_of
 from tiny_recipe import tiny_recipe, with_changes
 
-from dllm_rl.decoding.tokens import encode
+from dllm_rl.decoding.prompts import encode
 from dllm_rl.distributed.collectives import make_accelerator
-from dllm_rl.models.policy import load_policy
+from dllm_rl.models.load import load_policy
 from dllm_rl.models.tiny import tiny_diffusion_gemma
 from dllm_rl.monitoring.json_lines import warmup_rows
 from dllm_rl.monitoring.log import RunLog

@@ -8,7 +8,8 @@ import torch
 from sft_toys import BLOCKS, CHAT, MODELS, ROWS, block_causal, tiny_sft
 from tiny_recipe import SIZES
 
-from dllm_rl.decoding.tokens import prompt_ids, text_ids
+from dllm_rl.decoding.prompts import prompt_ids
+from dllm_rl.decoding.tokens import text_ids
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.supervised.examples import example, read_examples, solution_examples
 from dllm_rl.supervised.loss import NoisyExample, add_noise, lay_out, weighted_loss

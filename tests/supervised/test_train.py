@@ -18,8 +18,8 @@ from tiny_recipe import SIZES, tiny_recipe
 from dllm_rl.algorithms.optimizers import LinearDecay
 from dllm_rl.cli.run_recipe import main
 from dllm_rl.config import from_command_line
+from dllm_rl.models.load import load_policy
 from dllm_rl.models.lora_settings import Lora
-from dllm_rl.models.policy import load_policy
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.supervised.examples import read_examples
 from dllm_rl.supervised.trainer import SupervisedTrainer

@@ -5,7 +5,7 @@ import torch
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.samplers.rules import MaxProb
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.types import Prompts
+from dllm_rl.types.rollouts import Prompts
 
 sampler = Unmask(max_new_tokens=8, diffusion_steps=2, temperature=1.0, rank=MaxProb())
 

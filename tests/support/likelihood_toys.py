@@ -10,7 +10,8 @@ import torch
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.masks import k_masked_view
 from dllm_rl.models.checkpoint.families import DIFFUSION_LM
-from dllm_rl.types import Rollout, SamplingParams, Views
+from dllm_rl.types.rollouts import Rollout, SamplingParams
+from dllm_rl.types.scoring import Views
 
 
 class TablePolicy:

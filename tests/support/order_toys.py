@@ -10,7 +10,8 @@ from likelihood_toys import TablePolicy
 
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.order_logprobs import StayMasked
-from dllm_rl.types import Order, Rollout, SamplingParams, Views
+from dllm_rl.types.rollouts import Order, Rollout, SamplingParams
+from dllm_rl.types.scoring import Views
 
 
 def drawn_from(logits, *, temperature=1.0, top_k=None, top_p=None):

@@ -13,7 +13,7 @@ from dllm_rl.models.base import FamilySpec
 from dllm_rl.models.denoiser import SelfConditioning
 from dllm_rl.models.kv_cache import KVCache
 from dllm_rl.models.policy import ModulePolicy
-from dllm_rl.types import Renoised, Rollout
+from dllm_rl.types.rollouts import Renoised, Rollout
 
 V, C = 3, 3
 

@@ -9,7 +9,7 @@ import torch
 from likelihood_toys import TablePolicy
 from order_toys import drawn_from
 
-from dllm_rl.types import Events, Rollout, SamplingParams
+from dllm_rl.types.rollouts import Events, Rollout, SamplingParams
 
 
 def decisions(rule, policy, state, block, done, left, certainty):

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from dllm_rl.types import BatchRecord
+from dllm_rl.types.batch_record import BatchRecord
 
 
 def fields_of(record: BatchRecord, prefix: str = "") -> Iterator[tuple[str, Any]]:

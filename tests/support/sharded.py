@@ -21,7 +21,7 @@ from dllm_rl.likelihoods.estimators import Coupled
 from dllm_rl.models.base import gather_if_sharded, join_uneven_forwards
 from dllm_rl.models.forward.blocks import blocks_of
 from dllm_rl.models.logprobs import backward_token_logprobs
-from dllm_rl.models.lora import host_copy
+from dllm_rl.models.merge import host_copy
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.rng import generator_for
@@ -29,7 +29,8 @@ from dllm_rl.step.update import update
 from dllm_rl.training import trainer
 from dllm_rl.training.dry_run.memory import PlannedStep, step_memory
 from dllm_rl.training.trainer import train
-from dllm_rl.types import Batch, SamplingParams
+from dllm_rl.types.rollouts import SamplingParams
+from dllm_rl.types.scoring import Batch
 
 EVERY = {"report_to": None, "collective_timeout": 600.0}
 FULL = {**EVERY, "likelihood": Coupled(), "num_iterations": 2, "micro_batch_size": 4, "beta": 0.1, "save_steps": 2}

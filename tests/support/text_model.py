@@ -4,9 +4,9 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from dllm_rl.doctor.subject import QUESTIONS
 from dllm_rl.models.policy import make_policy
-from dllm_rl.testing.model_check.subject import QUESTIONS
-from dllm_rl.testing.model_check.text import CHAT, PARAGRAPH
+from dllm_rl.testing.tiny_checkpoint import CHAT, PARAGRAPH
 
 SPECIAL = ("<pad>", "<mask>", "<eos>", "<user>", "<bot>", "<masked-out>")
 TEMPLATE = (

@@ -20,7 +20,7 @@ from dllm_rl.samplers.rules import Confidence, MaxProb
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.testing import check_engine
 from dllm_rl.training.policies import RolloutCopy
-from dllm_rl.types import Prompts
+from dllm_rl.types.rollouts import Prompts
 
 SAMPLERS = {
     "full": Unmask(max_new_tokens=6, diffusion_steps=2, temperature=0.7, rank=Confidence()),  # some rows end

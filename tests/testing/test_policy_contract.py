@@ -7,7 +7,7 @@ from refusals import refuses
 from torch import nn
 
 from dllm_rl import check_policy
-from dllm_rl.models import policy as own
+from dllm_rl.models import load as own
 from dllm_rl.models.checkpoint import loading
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.lora_settings import Lora

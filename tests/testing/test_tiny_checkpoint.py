@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from dllm_rl import Unmask, load_policy, tiny_checkpoint, train
 from dllm_rl.config import from_command_line
-from dllm_rl.decoding.tokens import conversation_ids
+from dllm_rl.decoding.chat import conversation_ids
 from dllm_rl.models.checkpoint.families import FAMILIES, find_family
 from dllm_rl.models.checkpoint.loading import load_config
 from dllm_rl.testing.tiny_checkpoint import LAYOUTS, SIZES

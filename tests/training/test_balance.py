@@ -15,7 +15,8 @@ from dllm_rl.rng import generator_for
 from dllm_rl.step import balance
 from dllm_rl.step.samples import Samples
 from dllm_rl.training.make_step import make_step
-from dllm_rl.types import BatchRecord, Events, FilterSupport, Order, Rollout, SamplingParams
+from dllm_rl.types.batch_record import BatchRecord
+from dllm_rl.types.rollouts import Events, FilterSupport, Order, Rollout, SamplingParams
 
 
 @pytest.mark.parametrize(

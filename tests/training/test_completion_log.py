@@ -18,7 +18,7 @@ from dllm_rl.step.score import draw_view_sets
 from dllm_rl.training.completion_log import best_and_worst_rows, log_completions, shorten, table
 from dllm_rl.training.start import start
 from dllm_rl.training.trainer import train
-from dllm_rl.types import Logprobs
+from dllm_rl.types.scoring import Logprobs
 
 pytestmark = pytest.mark.usefixtures("no_rehearsal")
 

@@ -31,8 +31,8 @@ from dllm_rl.integrations.serving.engine import HTTPEngine, HTTPSampler
 from dllm_rl.likelihoods.estimators import Causal, OneStep, Trajectory
 from dllm_rl.models.base import encode_block_causal
 from dllm_rl.models.checkpoint import loading
+from dllm_rl.models.load import load_policy
 from dllm_rl.models.lora_settings import Lora
-from dllm_rl.models.policy import load_policy
 from dllm_rl.models.tiny import char_tokenizer, tiny_diffusion_gemma
 from dllm_rl.monitoring.plots import read_metrics
 from dllm_rl.records import describe, option
@@ -281,7 +281,7 @@ def test_a_model_whose_noise_is_random_tokens(tmp_path):
 
 def test_a_path_is_looked_at_without_its_weights(tmp_path, monkeypatch):
     tiny_llama(causal=True, **SMALL).save_pretrained(tmp_path / "Some-Model")
-    monkeypatch.setattr("dllm_rl.models.policy.load_module", None)
+    monkeypatch.setattr("dllm_rl.models.load.load_module", None)
     recipe = grpo_recipe(str(tmp_path / "Some-Model"), ROWS, right)
     assert recipe.name == "some-model" and type(recipe.sampler) is Autoregress
 

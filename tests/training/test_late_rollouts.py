@@ -61,7 +61,8 @@ from dllm_rl.training.late_rollouts.schedule import (
 from dllm_rl.training.make_step import make_step
 from dllm_rl.training.policies import RolloutCopy, build_policy, make_optimizer
 from dllm_rl.training.trainer import check_rows, train
-from dllm_rl.types import Logprobs, Rollout, Views
+from dllm_rl.types.rollouts import Rollout
+from dllm_rl.types.scoring import Logprobs, Views
 from recipes.examples.bounds import Sandwich
 
 pytestmark = pytest.mark.usefixtures("no_rehearsal")

@@ -18,7 +18,7 @@ from dllm_rl.models.base import trainable_parameters
 from dllm_rl.step import update
 from dllm_rl.step.update import update_direction
 from dllm_rl.training.trainer import train
-from dllm_rl.types import Batch
+from dllm_rl.types.scoring import Batch
 from recipes.examples.bounds import EUBO, Sandwich
 
 pytestmark = pytest.mark.usefixtures("no_rehearsal")

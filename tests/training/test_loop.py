@@ -17,7 +17,7 @@ from dllm_rl.algorithms import correctors
 from dllm_rl.algorithms.correctors import TIS, FunctionCorrector, NoCorrection
 from dllm_rl.algorithms.losses import K1, K2, FixedLengthMean, SequenceMean, TokenMean
 from dllm_rl.algorithms.optimizers import LinearWithWarmup
-from dllm_rl.decoding.tokens import decode
+from dllm_rl.decoding.texts import decode
 from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.likelihoods import estimators as likelihoods
 from dllm_rl.monitoring.plots import draw_run, read_metrics

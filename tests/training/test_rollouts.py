@@ -41,7 +41,8 @@ from dllm_rl.tasks.datasets import task_from_dataset
 from dllm_rl.training.make_step import make_step
 from dllm_rl.training.policies import build_policy
 from dllm_rl.training.trainer import train
-from dllm_rl.types import FilterSupport, Prompts, Rollout, any_in_group
+from dllm_rl.types.groups import any_in_group
+from dllm_rl.types.rollouts import FilterSupport, Prompts, Rollout
 
 pytestmark = pytest.mark.usefixtures("no_rehearsal")
 

@@ -12,7 +12,7 @@ from torch.overrides import _get_current_function_mode_stack
 
 from dllm_rl.algorithms import correctors
 from dllm_rl.algorithms.correctors import TIS, NoCorrection, QaRL
-from dllm_rl.decoding.tokens import encode
+from dllm_rl.decoding.prompts import encode
 from dllm_rl.likelihoods.estimators import Coupled, Trajectory, recorded
 from dllm_rl.models.forward.batch_invariance import BatchInvariantOps
 from dllm_rl.rng import generator_for

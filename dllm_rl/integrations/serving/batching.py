@@ -19,7 +19,7 @@ from dllm_rl.models.forward.batch_invariance import batch_invariant
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers import Sampler
 from dllm_rl.samplers.unmask import check_number_of_steps
-from dllm_rl.types import Prompts, Rollout
+from dllm_rl.types.rollouts import Prompts, Rollout
 
 MAX_LENGTH_DIFFERENCE = 32  # tokens between the prompts of a batch, unless the longest is at most twice the shortest
 

@@ -14,7 +14,8 @@ from torch import Generator, Tensor
 
 from dllm_rl.integrations.http_request import request
 from dllm_rl.models.base import Policy
-from dllm_rl.models.lora import adapted_layers, merged_state_dict
+from dllm_rl.models.lora import adapted_layers
+from dllm_rl.models.merge import merged_state_dict
 from dllm_rl.models.rollout_engine import RolloutEngine, check_single_process, with_forward
 from dllm_rl.models.tensor_bytes import deserialize, record_from_json, serialize
 from dllm_rl.records import Record, option, to_json
@@ -22,7 +23,7 @@ from dllm_rl.rng import row_seeds
 from dllm_rl.samplers import sampler_for
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.samplers.with_settings import known_settings
-from dllm_rl.types import Prompts, Rollout
+from dllm_rl.types.rollouts import Prompts, Rollout
 
 TOKEN_VARIABLE = "DLLM_RL_TOKEN"
 

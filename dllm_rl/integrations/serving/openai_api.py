@@ -11,14 +11,16 @@ from functools import partial
 from itertools import pairwise, takewhile
 from typing import Annotated, Any, Literal
 
-from dllm_rl.decoding.tokens import before_end, completion_token_ids, prompt_ids, text_ids, text_of, written_logprobs
+from dllm_rl.decoding.prompts import prompt_ids
+from dllm_rl.decoding.texts import before_end, completion_token_ids, text_of, written_logprobs
+from dllm_rl.decoding.tokens import text_ids
 from dllm_rl.diagnostics.traces import trace_rows
 from dllm_rl.integrations.serving.batching import Refused
 from dllm_rl.integrations.serving.settings import ServerSettings
 from dllm_rl.models.base import Policy
 from dllm_rl.samplers import Sampler
 from dllm_rl.samplers.with_settings import with_settings
-from dllm_rl.types import Rollout
+from dllm_rl.types.rollouts import Rollout
 
 try:
     from pydantic import BaseModel, ConfigDict, Field, ValidationError

@@ -14,12 +14,12 @@ from torch import Tensor
 from dllm_rl.integrations.serving.batching import Refused
 from dllm_rl.models.base import Policy, is_finite
 from dllm_rl.models.checkpoint.tensors import mismatched_tensors
-from dllm_rl.models.lora import merged_state_dict
+from dllm_rl.models.merge import merged_state_dict
 from dllm_rl.models.tensor_bytes import deserialize, record_to_json, serialize
 from dllm_rl.quantization.rollout_policy import sync_weights
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers.with_settings import with_settings
-from dllm_rl.types import Prompts
+from dllm_rl.types.rollouts import Prompts
 
 try:
     from pydantic import BaseModel, ConfigDict, Field, ValidationError

@@ -17,8 +17,9 @@ from dllm_rl.models.checkpoint.tensors import (
     rename_tensor,
     stock_to_original,
 )
-from dllm_rl.models.lora import STACKS, LoraExperts, adapted_layers, add_lora, base_of, is_bitsandbytes
+from dllm_rl.models.lora import STACKS, LoraExperts, adapted_layers, add_lora, base_of
 from dllm_rl.models.lora_settings import Lora, alpha_of
+from dllm_rl.models.low_bit import is_bitsandbytes
 
 PREFIX = "base_model.model."  # prefix of every name in peft's files
 # Fields of peft's LoraConfig that are read, or that do not change what is computed from the same tensors.

@@ -60,7 +60,8 @@ from dllm_rl.models.checkpoint.tensors import (
     write_tensors,
 )
 from dllm_rl.models.denoiser import share_layers
-from dllm_rl.models.lora import has_adapted_or_low_bit, lazy_merged_tensors, merged_copy, merged_state_dict
+from dllm_rl.models.lora import has_adapted_or_low_bit
+from dllm_rl.models.merge import lazy_merged_tensors, merged_copy, merged_state_dict
 from dllm_rl.records import folders_beside
 from dllm_rl.screen import escape_controls, without_middle
 

@@ -22,7 +22,8 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.samplers import Renoise
 from dllm_rl.step.score import retained_graphs
 from dllm_rl.training.sharded_learner import processes_per_shard
-from dllm_rl.types import Rollout, Views
+from dllm_rl.types.rollouts import Rollout
+from dllm_rl.types.scoring import Views
 
 NF4_BYTES = 9 / 16  # per weight: half a byte, and an fp32 scale per 64 weights
 BYTES_OF_ADAMW8BIT = 2 + 8 / 256  # per weight: two moments of a byte, and two fp32 scales per 256 weights

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import replace
 
 from dllm_rl.algorithms.optimizers import AdamW8bit
-from dllm_rl.decoding.tokens import ids_and_blanks
+from dllm_rl.decoding.prompts import ids_and_blanks
 from dllm_rl.distributed.collectives import num_launched
 from dllm_rl.likelihoods.drawn_steps import UNIFORM_SHARE
 from dllm_rl.models.base import Policy

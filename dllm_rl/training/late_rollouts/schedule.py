@@ -17,7 +17,7 @@ from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.collectives import collective, from_main
 from dllm_rl.distributed.sharding import sharding_of
 from dllm_rl.models.base import Policy
-from dllm_rl.models.lora import host_copy
+from dllm_rl.models.merge import host_copy
 from dllm_rl.recipe import Recipe
 from dllm_rl.step.collect import collect
 from dllm_rl.step.context import StepContext
@@ -33,7 +33,7 @@ from dllm_rl.training.late_rollouts.messages import (
 from dllm_rl.training.make_step import make_step
 from dllm_rl.training.policies import RolloutCopy
 from dllm_rl.training.sharded_learner import gather_on_main
-from dllm_rl.types import group_numbers, group_sizes
+from dllm_rl.types.groups import group_numbers, group_sizes
 
 RAY_WORKERS = "dllm_rl.integrations.ray_pool:ray_workers"  # the function that starts a run's default pool
 

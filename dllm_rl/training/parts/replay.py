@@ -16,7 +16,7 @@ from dllm_rl.step.samples import Samples
 from dllm_rl.step.settings import UpdateSettings
 from dllm_rl.supervised.examples import Example
 from dllm_rl.supervised.trainer import SupervisedTrainer
-from dllm_rl.types import Rollout
+from dllm_rl.types.rollouts import Rollout
 
 EMPTY_STEPS = 20  # steps without any right answer, after which the run says so
 COLLAPSED = 1.5  # a group with fewer distinct completions than this, on average, has nothing to choose from

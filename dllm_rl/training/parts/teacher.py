@@ -40,7 +40,8 @@ from dllm_rl.step.collect import compute_advantages
 from dllm_rl.step.context import StepContext, StepFeature
 from dllm_rl.step.samples import Samples
 from dllm_rl.training.cautions import order_depends_on_tokens
-from dllm_rl.types import Rollout, group_numbers
+from dllm_rl.types.groups import group_numbers
+from dllm_rl.types.rollouts import Rollout
 
 
 class Teacher(StepFeature):

@@ -55,7 +55,8 @@ from dllm_rl.likelihoods.views import each_view
 from dllm_rl.samplers.renoise import accept
 from dllm_rl.samplers.rules import order_probability, steps_per_block
 from dllm_rl.testing.enumeration import ToyPolicy
-from dllm_rl.types import Order, Rollout, SamplingParams, Views
+from dllm_rl.types.rollouts import Order, Rollout, SamplingParams
+from dllm_rl.types.scoring import Views
 from recipes.examples import bounds
 from recipes.examples.fork_grpo import Fork, ForkSteps
 from recipes.examples.informed_masking import informed_masks

@@ -44,15 +44,18 @@ from torch import Tensor
 
 from dllm_rl import NVFP4, Lora, Policy, RandomOrder, Trajectory, Unmask
 from dllm_rl.algorithms.advantages import GroupRelative
-from dllm_rl.decoding.tokens import decode, encode
+from dllm_rl.decoding.prompts import encode
+from dllm_rl.decoding.texts import decode
 from dllm_rl.files import read_json, write_json
 from dllm_rl.likelihoods.drawn_steps import step_chances, step_of_tokens
+from dllm_rl.models.convert import diffusion_from_causal
+from dllm_rl.models.load import load_policy
 from dllm_rl.models.lora import add_lora
-from dllm_rl.models.policy import diffusion_from_causal, load_policy
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.tasks import Problem
 from dllm_rl.tasks.base import grade
-from dllm_rl.types import Rollout, Views
+from dllm_rl.types.rollouts import Rollout
+from dllm_rl.types.scoring import Views
 from recipes import weights
 from recipes.quantized_sudoku import recipe as main_job
 from recipes.studies.likelihoods import drawn_trained

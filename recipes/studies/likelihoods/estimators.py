@@ -19,15 +19,17 @@ import torch
 from dllm_rl.algorithms.advantages import GroupRelative
 from dllm_rl.algorithms.correctors import NoCorrection
 from dllm_rl.checkpoints.checkpoint import list_checkpoints
-from dllm_rl.decoding.tokens import decode, encode
+from dllm_rl.decoding.prompts import encode
+from dllm_rl.decoding.texts import decode
 from dllm_rl.files import read_json, write_json
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.models.base import Policy
-from dllm_rl.models.policy import load_policy
+from dllm_rl.models.load import load_policy
 from dllm_rl.step.update import forward_backward
 from dllm_rl.tasks.base import grade
 from dllm_rl.training.trainer import train
-from dllm_rl.types import Batch, Rollout
+from dllm_rl.types.rollouts import Rollout
+from dllm_rl.types.scoring import Batch
 from recipes.examples import bounds
 from recipes.studies.paired import markdown, warm_up
 from recipes.sudoku_unique import recipe as base

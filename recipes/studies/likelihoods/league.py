@@ -57,7 +57,7 @@ from dllm_rl.files import read_json, write_json
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.records import Record
 from dllm_rl.samplers.rules import RandomOrder
-from dllm_rl.types import group_sizes
+from dllm_rl.types.groups import group_sizes
 from recipes import countdown_tiny, sudoku_tiny, sudoku_unique
 from recipes.examples import bounds
 from recipes.studies.likelihoods.surrogates import GDSD, StableDRL, UniformSteps

@@ -28,10 +28,11 @@ import torch
 from torch import Tensor
 
 from dllm_rl.algorithms.advantages import GroupRelative
-from dllm_rl.decoding.tokens import decode, encode
+from dllm_rl.decoding.prompts import encode
+from dllm_rl.decoding.texts import decode
 from dllm_rl.files import read_json, write_json
 from dllm_rl.likelihoods import estimators as lik
-from dllm_rl.models.policy import load_policy
+from dllm_rl.models.load import load_policy
 from dllm_rl.tasks.base import grade
 from recipes.studies.likelihoods.estimators import gradient, plain
 from recipes.studies.paired import markdown, warm_up

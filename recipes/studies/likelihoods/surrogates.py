@@ -17,7 +17,8 @@ from dllm_rl.algorithms.losses import WIDTH, Loss, PPOClip, clipped_objective, e
 from dllm_rl.likelihoods import masks
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator, Trajectory
 from dllm_rl.records import option
-from dllm_rl.types import Rollout, Views
+from dllm_rl.types.rollouts import Rollout
+from dllm_rl.types.scoring import Views
 
 
 class DPPOTV(Loss):

@@ -10,7 +10,7 @@ import torch
 from refusals import refuses
 from servers import causal, diffusion, held
 
-from dllm_rl.decoding.tokens import completion_token_ids
+from dllm_rl.decoding.texts import completion_token_ids
 from dllm_rl.integrations.serving.batching import (
     Abandoned,
     Batcher,

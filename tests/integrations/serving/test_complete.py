@@ -9,7 +9,8 @@ from tiny_recipe import tiny_recipe
 
 from dllm_rl import Problem, Unmask, complete, load_policy
 from dllm_rl.cli.main import main
-from dllm_rl.decoding.tokens import decode, encode, full_texts
+from dllm_rl.decoding.prompts import encode
+from dllm_rl.decoding.texts import decode, full_texts
 from dllm_rl.models.tiny import tiny_diffusion_gemma, tiny_llama, tiny_masked_lm
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers import Autoregress, Renoise

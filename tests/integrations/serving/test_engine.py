@@ -12,8 +12,9 @@ from tiny_recipe import SIZES, tiny_recipe, tiny_recipe_ar
 
 from dllm_rl import train
 from dllm_rl.integrations.serving.engine import Client, HTTPEngine, HTTPSampler
-from dllm_rl.models.lora import adapted_layers, add_lora, merged_state_dict
+from dllm_rl.models.lora import adapted_layers, add_lora
 from dllm_rl.models.lora_settings import Lora
+from dllm_rl.models.merge import merged_state_dict
 from dllm_rl.models.tensor_bytes import serialize
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_layers
@@ -27,7 +28,7 @@ from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.samplers.with_settings import with_settings
 from dllm_rl.tasks import Sudoku
 from dllm_rl.testing import check_engine
-from dllm_rl.types import Prompts
+from dllm_rl.types.rollouts import Prompts
 
 pytestmark = pytest.mark.usefixtures("no_rehearsal")
 

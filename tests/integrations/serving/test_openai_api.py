@@ -22,7 +22,7 @@ from dllm_rl.samplers.renoise import Renoise
 from dllm_rl.samplers.rules import Threshold
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.tasks.base import Problem
-from dllm_rl.types import Prompts
+from dllm_rl.types.rollouts import Prompts
 
 USUAL = {"max_new_tokens": 5, "temperature": 0.0, "suppress": (0,)}  # no padding, whose text is empty
 CHAT = "{% for message in messages %}{{ message['content'] }}={% endfor %}"

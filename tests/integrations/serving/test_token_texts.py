@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from dllm_rl.integrations.serving.openai_api import CompletionFields, TextRequest, choice, response, token_texts
 from dllm_rl.models.policy import make_policy
 from dllm_rl.samplers import Unmask
-from dllm_rl.types import Rollout
+from dllm_rl.types.rollouts import Rollout
 
 SPECIAL = ["<pad>", "<mask>", "<eos>"]
 

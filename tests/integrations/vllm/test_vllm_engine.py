@@ -29,14 +29,14 @@ from dllm_rl.frontend.grpo import grpo_recipe
 from dllm_rl.integrations import vllm
 from dllm_rl.integrations.vllm import VLLMEngine, VLLMSampler, VLLMServer
 from dllm_rl.likelihoods.estimators import ELBO
+from dllm_rl.models.load import load_policy
 from dllm_rl.models.lora import adapted_layers, add_lora
 from dllm_rl.models.lora_settings import Lora
-from dllm_rl.models.policy import load_policy
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers.autoregress import Autoregress
 from dllm_rl.tasks import Sudoku
 from dllm_rl.testing import check_engine
-from dllm_rl.types import Prompts
+from dllm_rl.types.rollouts import Prompts
 
 SAMPLER = VLLMSampler(max_new_tokens=6, temperature=0.7)
 

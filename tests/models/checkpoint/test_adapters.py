@@ -24,15 +24,9 @@ from dllm_rl.algorithms.optimizers import AdamW8bit
 from dllm_rl.checkpoints import checkpoint as checkpoints
 from dllm_rl.models.checkpoint.adapters import check_peft_config, load_adapter, save_adapter
 from dllm_rl.models.checkpoint.loading import base_of_adapter
-from dllm_rl.models.lora import (
-    Lora,
-    LoraLinear,
-    adapted_layers,
-    add_lora,
-    merge_lora,
-    merged_copy,
-    merged_tensors,
-)
+from dllm_rl.models.lora import LoraLinear, adapted_layers, add_lora
+from dllm_rl.models.lora_settings import Lora
+from dllm_rl.models.merge import merge_lora, merged_copy, merged_tensors
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.quantization.rollout_policy import sync_weights

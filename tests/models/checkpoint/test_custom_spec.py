@@ -12,7 +12,8 @@ from refusals import refuses
 
 from dllm_rl.models.base import copied, encode_base, linear_head
 from dllm_rl.models.checkpoint.loading import has_known_family
-from dllm_rl.models.policy import load_policy, load_weights, make_policy
+from dllm_rl.models.load import load_policy, load_weights
+from dllm_rl.models.policy import make_policy
 from dllm_rl.models.tiny import tiny_llama, tiny_moe
 
 TOKENS = torch.tensor([[5, 9, 12, 7, 11]])

@@ -11,16 +11,16 @@ from sorting import Mini
 from transformers import PreTrainedModel
 
 from dllm_rl import load_policy
-from dllm_rl.decoding.tokens import prompt_ids
+from dllm_rl.decoding.prompts import prompt_ids
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.models.checkpoint import loading
 from dllm_rl.models.checkpoint.loading import load_config
-from dllm_rl.models.lora import merged_state_dict
-from dllm_rl.models.policy import load_weights
+from dllm_rl.models.load import load_weights
+from dllm_rl.models.merge import merged_state_dict
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers import Autoregress, Unmask
-from dllm_rl.types import Prompts
+from dllm_rl.types.rollouts import Prompts
 
 
 @pytest.mark.parametrize("number", [10**7, -1, "many", 1.5])

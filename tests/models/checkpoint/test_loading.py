@@ -23,9 +23,10 @@ from dllm_rl import load_policy, make_policy, tiny_llama
 from dllm_rl.models.checkpoint import loading
 from dllm_rl.models.checkpoint.adapters import save_adapter
 from dllm_rl.models.checkpoint.tensors import INDEX, read_tensors, write_tensors
+from dllm_rl.models.convert import as_causal
+from dllm_rl.models.load import load_weights
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.lora_settings import Lora
-from dllm_rl.models.policy import as_causal, load_weights
 
 
 def test_the_dtype_is_written_under_the_name_that_the_config_has(tmp_path):

@@ -25,7 +25,8 @@ from dllm_rl.quantization.schemes import Int8WeightOnly
 from dllm_rl.step.settings import UpdateSettings
 from dllm_rl.step.update import update
 from dllm_rl.training import policies
-from dllm_rl.types import Batch, Rollout
+from dllm_rl.types.rollouts import Rollout
+from dllm_rl.types.scoring import Batch
 from recipes.sudoku_unique import recipe as main_job
 
 pytestmark = pytest.mark.usefixtures("no_rehearsal")

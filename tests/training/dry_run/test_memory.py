@@ -14,8 +14,9 @@ from repetitions import few
 from tiny_recipe import MOE_SIZES, tiny_recipe
 
 from dllm_rl.likelihoods import estimators as lik
-from dllm_rl.models.lora import add_lora, merged_copy
+from dllm_rl.models.lora import add_lora
 from dllm_rl.models.lora_settings import Lora
+from dllm_rl.models.merge import merged_copy
 from dllm_rl.models.tiny import tiny_diffusion_gemma, tiny_llama
 from dllm_rl.quantization import rollout_policy
 from dllm_rl.quantization.schemes import Float8WeightOnly
@@ -29,7 +30,8 @@ from dllm_rl.step.update import update
 from dllm_rl.training.dry_run import memory
 from dllm_rl.training.dry_run.memory import PlannedStep, step_memory
 from dllm_rl.training.policies import make_optimizer
-from dllm_rl.types import Batch, Prompts
+from dllm_rl.types.rollouts import Prompts
+from dllm_rl.types.scoring import Batch
 
 SIZES = {"hidden_size": 128, "num_layers": 4, "num_attention_heads": 4, "intermediate_size": 384, "max_length": 128}
 LETTERS = {"characters": "".join(chr(c) for c in range(0x4E00, 0x4E00 + 1500))} | SIZES

@@ -17,25 +17,14 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
-from dllm_rl.decoding.tokens import conversation_ids, prompt_ids
+from dllm_rl.decoding.chat import conversation_ids
+from dllm_rl.decoding.prompts import prompt_ids
+from dllm_rl.doctor.subject import NUM_GENERATIONS, Finding, Subject, is_stock
 from dllm_rl.models.base import Policy, linear_head
 from dllm_rl.models.checkpoint.families import FAMILIES
-from dllm_rl.models.policy import as_causal, module_with_attention
-from dllm_rl.testing.model_check.subject import NUM_GENERATIONS, Finding, Subject, is_stock
+from dllm_rl.models.convert import as_causal, module_with_attention
+from dllm_rl.testing.tiny_checkpoint import CHAT, PARAGRAPH
 
-PARAGRAPH = (
-    "Water never stays in one place for long. The sun warms the sea, and some of the water rises into the air as "
-    "vapor, which nobody can see. High above the ground the air is cold, and there the vapor turns into small drops "
-    "that form a cloud. The wind carries the cloud over the land. When the drops become too heavy, they fall as rain, "
-    "or as snow if it is cold enough. Some of the rain flows down the hills into a river, and the river takes it back "
-    "to the sea. The rest sinks into the ground, where the roots of trees and other plants drink it. In this way the "
-    "same water has moved around the world for many millions of years, and the glass of water on your table may once "
-    "have been part of a cloud."
-)
-CHAT = (
-    {"role": "user", "content": "What is the capital of France?"},
-    {"role": "assistant", "content": "The capital of France is Paris. It lies on the river Seine."},
-)
 FOLDS = 4  # each token is hidden once, together with a quarter of the others
 # Nats per token. Without a model of the language both texts are equally hard; the difference is above 4 nats for a
 # model of billions of weights, and 2 to 3 for one of a hundred million. With about 150 hidden tokens its standard error

@@ -28,7 +28,9 @@ from dllm_rl.quantization.linear import dequantized_weight
 from dllm_rl.quantization.rollout_policy import locate_parameter, quantized_copy, quantized_layers
 from dllm_rl.samplers.choose import order_agreement
 from dllm_rl.screen import escape_controls, literal
-from dllm_rl.types import Prompts, Rollout, Views, group_sizes
+from dllm_rl.types.groups import group_sizes
+from dllm_rl.types.rollouts import Prompts, Rollout
+from dllm_rl.types.scoring import Views
 
 ADVICE = {
     "precision": "give both sides one dtype for weights, rotary tables and logits",

@@ -9,7 +9,7 @@ from doctor_cases import make, prompts, sampler
 from emulated import int3_emulated
 from mixtures import moe
 
-from dllm_rl.diagnostics.doctor import ADVICE, Cause, Report, diagnose, tables, write_doctor
+from dllm_rl.doctor.mismatch import ADVICE, Cause, Report, diagnose, tables, write_doctor
 from dllm_rl.likelihoods.estimators import Trajectory
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.quantization.schemes import FakeQuantize

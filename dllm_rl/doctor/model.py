@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 from dllm_rl.device import device_name
+from dllm_rl.doctor.learning import GB, resume_section, step_section, sync_section
+from dllm_rl.doctor.rollouts import batch_section, quantized_section, sampler_section
+from dllm_rl.doctor.subject import Finding, Subject, Verdict, is_stock
+from dllm_rl.doctor.text import text_section
 from dllm_rl.files import write_text
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import moe_layers
 from dllm_rl.screen import escape_controls, line_of
-from dllm_rl.testing.model_check.learning import GB, resume_section, step_section, sync_section
-from dllm_rl.testing.model_check.rollouts import batch_section, quantized_section, sampler_section
-from dllm_rl.testing.model_check.subject import Finding, Subject, Verdict, is_stock
-from dllm_rl.testing.model_check.text import text_section
 from dllm_rl.testing.policy_contract import check_forward
 from dllm_rl.training.dry_run.memory import num_weights
 from dllm_rl.versions import versions

@@ -5,15 +5,16 @@ from typing import Any
 
 import torch
 
-from dllm_rl.decoding.tokens import decode
-from dllm_rl.diagnostics.doctor import (
+from dllm_rl.decoding.texts import decode
+from dllm_rl.diagnostics.trace_check import check_trace, replayed
+from dllm_rl.doctor.mismatch import (
     ADVICE,
     Comparison,
     batch_shape_difference,
     measure,
     worst_layers,
 )
-from dllm_rl.diagnostics.trace_check import check_trace, replayed
+from dllm_rl.doctor.subject import Finding, Subject, bits_of, is_stock
 from dllm_rl.likelihoods.estimators import Causal, Trajectory
 from dllm_rl.monitoring.health import MILD, STRONG
 from dllm_rl.quantization.rollout_policy import quantized_copy
@@ -29,7 +30,6 @@ from dllm_rl.quantization.schemes import (
 )
 from dllm_rl.samplers.choose import order_agreement
 from dllm_rl.screen import escape_controls, line_of
-from dllm_rl.testing.model_check.subject import Finding, Subject, bits_of, is_stock
 
 FOUR_BITS = ("Int4WeightOnly", "Int4Packed", "NVFP4", "MXFP4")
 # Options of a recipe that correct the rollouts of four bits, by the model's attention.

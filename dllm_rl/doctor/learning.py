@@ -11,6 +11,7 @@ from torch import Tensor
 from dllm_rl.checkpoints import checkpoint
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.collectives import make_accelerator
+from dllm_rl.doctor.subject import QUESTIONS, Finding, Subject, timed
 from dllm_rl.frontend.grpo import default_likelihood
 from dllm_rl.models.base import Policy, trainable_parameters, with_new_layers
 from dllm_rl.models.checkpoint.adapters import adapter_state, load_adapter
@@ -22,14 +23,13 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.rng import row_seeds
 from dllm_rl.step.update import train_step
 from dllm_rl.tasks.datasets import task_from_dataset
-from dllm_rl.testing.model_check.subject import QUESTIONS, Finding, Subject, timed
 from dllm_rl.testing.policy_contract import equals_fresh_copy
 from dllm_rl.training.dry_run.duration import stage_seconds
 from dllm_rl.training.dry_run.memory import PlannedStep, num_weights, step_memory
 from dllm_rl.training.make_step import make_step
 from dllm_rl.training.policies import make_optimizer
 from dllm_rl.training.rehearsal import as_trained, made_up_samples
-from dllm_rl.types import starts_group
+from dllm_rl.types.groups import starts_group
 
 GB = 1e9
 GENERATIONS = 6  # of the step's prompt, as in the presets

@@ -10,11 +10,11 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Generator
 
-from dllm_rl.decoding.tokens import prompt_ids
+from dllm_rl.decoding.prompts import prompt_ids
 from dllm_rl.models.base import Policy
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers import Autoregress, Renoise, Sampler, Unmask, sampler_for
-from dllm_rl.types import Prompts, Rollout
+from dllm_rl.types.rollouts import Prompts, Rollout
 
 Result = TypeVar("Result")
 Verdict = Literal["ok", "look", "wrong"]

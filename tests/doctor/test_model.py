@@ -15,15 +15,16 @@ from text_model import text_policy, word_tokenizer
 
 from dllm_rl import load_policy
 from dllm_rl.cli.main import main
+from dllm_rl.doctor import learning, rollouts, subject
+from dllm_rl.doctor import model as check
+from dllm_rl.doctor.model import SECTIONS, check_model
+from dllm_rl.doctor.rollouts import judge_schemes, verdict_of
+from dllm_rl.doctor.text import Scores, judge, mask_candidates
 from dllm_rl.models.checkpoint.adapters import adapter_state, save_adapter
 from dllm_rl.models.checkpoint.loading import digest_of_checkpoint
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.lora_settings import Lora
 from dllm_rl.quantization.schemes import Int4WeightOnly
-from dllm_rl.testing.model_check import check, learning, rollouts, subject
-from dllm_rl.testing.model_check.check import SECTIONS, check_model
-from dllm_rl.testing.model_check.rollouts import judge_schemes, verdict_of
-from dllm_rl.testing.model_check.text import Scores, judge, mask_candidates
 
 
 @pytest.fixture(autouse=True)
