@@ -196,8 +196,8 @@ def likelihood_warnings(likelihood: LikelihoodEstimator, sampler: Sampler, *, co
             )
     if not has_exact_ratios and corrects_mismatch:
         warnings.append(
-            f"likelihood={likelihood.name!r} gives no likelihood ratios: with two segments such weights gained nothing "
-            f"in training (recipes/studies/quantized/README.md); use {EXACT}, or no corrector"
+            f"likelihood={likelihood.name!r} gives no likelihood ratios: with two segments no gain of such weights was "
+            f"shown in training (recipes/studies/quantized/README.md); use {EXACT}, or no corrector"
         )
     if not has_exact_ratios and cache is not None and cache.kind != "block" and cache.refresh != 1:
         warnings.append(

@@ -108,7 +108,7 @@ def by_study() -> dict[Asked, Rows]:
         ],
         ("training by order and format", TRAINED, SUDOKU): [claimed_rows(part) for part in parts],
         ("training with an estimated likelihood", ESTIMATES, SUDOKU): [claimed_rows(part) for part in estimated],
-        ("the exact gradient with an estimated likelihood", ESTIMATES, SUDOKU): [claimed_rows(part) for part in exact],
+        ("the exact gradient with an estimated likelihood", GRADIENT, SUDOKU): [claimed_rows(part) for part in exact],
         ("longer training on INT4 rollouts", TRAINED, SUDOKU): [
             claimed(int4_orders.claims, long),
             claimed(int4_orders_controls.claims, [*long, *read_json(int4_orders_controls.STORED)]),
