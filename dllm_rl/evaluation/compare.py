@@ -454,7 +454,10 @@ class Comparison:
         numbers += f", equal on {equal}"
         too_few = "This is about these models: whether the settings are better, only more seeds of both can say."
         if not higher and not lower:
-            return f"{names[0]} and {names[1]} are equal on each of the {equal} held-out problems: {numbers}."
+            text = f"{self.metric} cannot say which of {names[0]} and {names[1]} is better, because it is "
+            text += f"{values[0]:.3f} in both and equal on each of the {equal} held-out problems."
+            others = [name for name in self.metrics if any(self.difference(arm, name).counts[:2])]
+            return f"{text} Other metrics differ: take --metric {others[0]}." if others else text
         if not bounds and num_problems > 1:
             return f"{names[0]} and {names[1]} differ by the same number on each held-out problem: {numbers}. {too_few}"
         if not bounds:

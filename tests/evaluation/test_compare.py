@@ -121,11 +121,26 @@ def test_a_ratio_is_pooled_and_null_is_left_out(tmp_path):
 
 def test_equal_runs_and_one_problem_say_so(tmp_path):
     runs = [write_run(tmp_path / "a", ZERO_TO_NINE), write_run(tmp_path / "b", ZERO_TO_NINE, learning_rate=0.2)]
-    assert said(compare(runs)).startswith("b and a are equal on each of the 10 held-out problems")
+    said_of_equal = (
+        "right cannot say which of b and a is better, because it is 0.450 in both and equal on each of the 10 "
+    )
+    assert said(compare(runs)) == f"{said_of_equal}held-out problems."
     runs = [write_run(tmp_path / "a", [0.5] * 3), write_run(tmp_path / "b", [0.75] * 3, learning_rate=0.2)]
     assert said(compare(runs)).startswith("b and a differ by the same number on each held-out problem: right 0.750")
     runs = [write_run(tmp_path / "a", [0.5]), write_run(tmp_path / "b", [0.75], learning_rate=0.2)]
     assert said(compare(runs)).startswith("One held-out problem cannot say which of b and a is better")
+
+
+def test_a_metric_that_is_equal_everywhere_names_one_that_differs(tmp_path):
+    runs = [write_run(tmp_path / name, [0.0] * 10, learning_rate=rate) for name, rate in (("a", 0.1), ("b", 0.2))]
+    for run, values in zip(runs, (ZERO_TO_NINE, ZERO_TO_NINE + 0.1), strict=True):
+        file = Path(run, "held_out.jsonl")
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        for row in rows:
+            row["metrics"] |= {"also_equal": [1.0] * 10, "style": list(values)}
+        file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert said(compare(runs)).endswith("held-out problems. Other metrics differ: take --metric style.")
+    assert said(compare(runs, metric="style")).startswith("b and a differ by the same number")
 
 
 def test_the_last_evaluation_counts_also_after_a_resume(tmp_path):
