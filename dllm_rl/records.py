@@ -295,6 +295,8 @@ def check_scalar(name: str, kinds: tuple[Any, ...], value: Any) -> None:
     scalars = [kind for kind in kinds if kind in accepted_types]
     if value is None and types.NoneType in kinds:
         return
+    if {*kinds} == {types.NoneType}:
+        raise ValueError(f"{name}={describe(value)} is of type {type(value).__name__}; give none")
     if not scalars or len(scalars) + (types.NoneType in kinds) < len(kinds):
         return
     is_wrong_flag = isinstance(value, bool) and bool not in kinds

@@ -68,13 +68,13 @@ NEAREST = {
     "base_quantization": "quantization_config",
     "beta": "sync_ref_model ref_model_sync_steps kl_loss_coef use_kl_loss",
     "beta, the coefficient of a KL term in the loss": "use_kl_in_reward kl_ctrl",
-    "limits=Limits(collective_timeout=...)": "ddp_timeout",
+    "limits={'collective_timeout': ...}": "ddp_timeout",
     "corrector": "vllm_importance_sampling_mode vllm_importance_sampling_correction vllm_importance_sampling_cap "
     "vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min rollout_correction rollout_is rollout_rs "
     "tis_imp_ratio_cap",
     "dry_run": "auto_find_batch_size",
     "dtype": "fp16 model_init_kwargs",
-    "evaluation=Evaluation(batch_size=...)": "per_device_eval_batch_size",
+    "evaluation={'batch_size': ...}": "per_device_eval_batch_size",
     "eval_dataset": "val_files",
     "eval_steps": "eval_strategy test_freq",
     "gradient_checkpointing": "enable_gradient_checkpointing",

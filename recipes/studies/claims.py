@@ -12,7 +12,7 @@ from typing import Any
 
 from dllm_rl.files import read_json
 from recipes.studies.late import late_rollouts, several_updates
-from recipes.studies.likelihoods import league, training_order
+from recipes.studies.likelihoods import drawn_trained, league, training_order
 from recipes.studies.paired import Study, by_arm, claimed_rows, contrast_rows, markdown, shown_side
 from recipes.studies.quantized import (
     estimates,
@@ -36,6 +36,7 @@ TRAINED = "quantized/README.md#training-with-the-exact-likelihood"
 GRADIENT = "quantized/README.md#the-gradient-exactly"
 SEVERAL = "late/README.md#several-updates-per-rollout"
 ESTIMATES = "quantized/README.md#training-where-the-likelihood-is-an-estimate"
+DRAWN = "likelihoods/README.md#drawn-steps-noise-and-cost"
 SHOWN, OPPOSITE, UNDECIDED = "shown", "opposite shown", "undecided"
 OPPOSITES = {
     "does better than": "does worse than",
@@ -98,6 +99,7 @@ def by_study() -> dict[Asked, Rows]:
     sums = low_bits_tuned.whole(by_arm(read_json(low_bits_tuned.STORED)["runs"]))
     parts = orders_trained.families(by_arm(read_json(orders_trained.STORED))).values()
     estimated = estimates_trained.whole_families(by_arm(read_json(estimates_trained.STORED)))
+    drawn = drawn_trained.whole_families(by_arm(read_json(drawn_trained.STORED)))
     exact = estimates.whole_families(read_json(estimates.STORED))
     studies: dict[Asked, Sequence[Rows]] = {
         ("the exact gradient, by order and format", GRADIENT, SUDOKU): [
@@ -130,6 +132,7 @@ def by_study() -> dict[Asked, Rows]:
             LEAGUES,
             f"{SUDOKU}; {FEW_CLUES}; Countdown",
         ): [of_league()],
+        ("training with drawn steps", DRAWN, SUDOKU): [claimed_rows(part) for part in drawn],
         ("training orders", ORDERS, f"{LATIN}; Countdown"): [
             claimed_rows(training_order.claims(training_order.by_key(read_json(training_order.STORED))))
         ],
@@ -179,6 +182,7 @@ STORED: dict[Asked, Sequence[Path]] = {
     ("published methods in equal time", LEAGUES, FEW_CLUES): [
         path for name, path in league.STORED.items() if name.startswith("few_clues")
     ],
+    ("training with drawn steps", DRAWN, SUDOKU): [drawn_trained.STORED],
     ("published methods in equal time", LEAGUES, "Countdown"): [league.STORED["countdown"]],
 }
 

@@ -278,7 +278,7 @@ def test_sample_keeps_the_runs_rank_with_another_rule(monkeypatch):
         seen.append(sampler)
         raise ValueError("enough")
 
-    monkeypatch.setattr("dllm_rl.cli.sample.complete", complete)
+    monkeypatch.setattr("dllm_rl.cli.sample.complete_problems", complete)
     for rule in ("LateSchedule", "Remask --commit.eta 0.5"):
         assert main(["sample", "runs/a", "12", "--commit", *rule.split()]) == 2
     remask = own.replace(commit=Remask(eta=0.5), rank=rules.RandomOrder())

@@ -38,6 +38,4 @@ def test_rows_have_the_means_of_the_run_and_a_resume_repeats_them(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "held_out.jsonl").write_bytes((tmp_path / "a" / "held_out.jsonl").read_bytes())
     (line,) = compare([tmp_path / "a", tmp_path / "b"]).sentences()
-    assert "cannot say which of b and a is better" in line and line.endswith(
-        "on each of the 3 held-out problems."
-    )
+    assert "cannot say which of b and a is better" in line and line.endswith("on each of the 3 held-out problems.")

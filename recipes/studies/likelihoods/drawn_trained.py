@@ -268,6 +268,21 @@ def report(results: Results) -> str:
     return "\n".join(lines)
 
 
+def whole_families(results: Results) -> list[Claims]:
+    """The claims of the parts that have all of their seeds: no other claim is read."""
+    return [claims for part, claims in families(results).items() if len(whole_seeds(results, part)) == len(SEEDS)]
+
+
+def page_tables() -> dict[str, str]:
+    """Of each part that has runs its arms; its claims if all seeds are there."""
+    results = by_arm(read_json(STORED))
+    tables = {part: arms_of_part(results, part) for part in PARTS if whole_seeds(results, part)}
+    for part, claims in families(results).items():
+        if len(whole_seeds(results, part)) == len(SEEDS):
+            tables[f"claims, {part}"] = markdown(verdict_rows(claims, said))
+    return tables
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/drawn-trained"))
