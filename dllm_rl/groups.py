@@ -166,6 +166,9 @@ def type_of(kind: type[Record], name: str) -> Any:
 def nested(kind: type[Record], settings: Mapping[str, Any], names: Collection[str] = TRL_FLAT) -> dict[str, Any]:
     """Return settings of `Recipe` or `SFT` in which those with flat `names` (default: TRL's) are in a dictionary of
     their group's fields, or in the group's record if it is given too.
+
+    Raises:
+        ValueError: A field is set twice to different values: by its flat name, and in its group.
     """
     found = {name: value for name, value in settings.items() if name not in names}
     changes: dict[str, Any] = {}
@@ -177,8 +180,21 @@ def nested(kind: type[Record], settings: Mapping[str, Any], names: Collection[st
         part[path[-1]] = settings[name]
     for group, values in changes.items():
         given = found.get(group)
+        others = given if isinstance(given, dict) else {} if given is None else set_fields_of(given)
+        for field in values.keys() & others.keys():
+            if not isinstance(values[field], dict) and values[field] != others[field]:
+                raise ValueError(
+                    f"{group}.{field} is set twice, to {values[field]!r} and {others[field]!r}; set it once"
+                )
         found[group] = given.replace(**values) if isinstance(given, Record) else {**(given or {}), **values}
     return found
+
+
+def set_fields_of(record: Record) -> dict[str, Any]:
+    """Return the fields of a record that have another value than their default."""
+    values = {field.name: getattr(record, field.name) for field in fields(record)}  # type: ignore[arg-type]
+    defaults = {field.name: field.default for field in fields(record)}  # type: ignore[arg-type]
+    return {name: value for name, value in values.items() if value != defaults[name]}
 
 
 def with_groups(kind: type[Record], settings: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:

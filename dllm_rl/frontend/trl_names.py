@@ -138,7 +138,6 @@ OFF: dict[str, object] = {
     "fp16": False,
     "fsdp": None,
     "generation_kwargs": None,
-    "load_best_model_at_end": False,
     "min_p": None,
     "neftune_noise_alpha": None,
     "repetition_penalty": 1.0,
@@ -226,7 +225,7 @@ def translate_trl_names(function: Callable[..., Recipe], keywords: dict[str, Any
 
 def unused_defaults(keywords: Mapping[str, Any]) -> dict[str, object]:
     """Return the defaults of TRL that change nothing beside these keywords."""
-    unused = OFF | SAME
+    unused = OFF | SAME | {"load_best_model_at_end": False}
     for name, default in {"top_k": 0, "top_p": 1.0}.items():  # no filter, unless the sampler has one
         if getattr(keywords.get("sampler"), name, None) is None:
             unused[name] = default

@@ -168,6 +168,7 @@ def test_estimators(name, tmp_path):
 
 
 ELSEWHERE = (
+    "Rounding",
     "Float8ByGPU",
     "Float8Dynamic",
     "Int4Packed",

@@ -193,7 +193,12 @@ class StopOnSave(Callback):
 @pytest.mark.repeated(first_only=True)
 def test_the_last_checkpoint_has_merged_weights_if_a_save_ended_the_run(tmp_path, async_save, step):
     small_model().save_pretrained(tmp_path / "model")
-    settings = {"lora": Lora(r=2), "saves": Saves(steps=1, in_background=async_save), "callbacks": [StopOnSave(step)]}
+    settings = {
+        "lora": Lora(r=2),
+        "save_steps": 1,
+        "saves": Saves(in_background=async_save),
+        "callbacks": [StopOnSave(step)],
+    }
     options = {"max_new_tokens": 2, "num_steps": 9, "train_batch_size": 4, "num_generations": 4, "report_to": "none"}
     summary = grpo(str(tmp_path / "model"), ROWS, close, output_dir=str(tmp_path / "run"), **options | settings)
     saved = Path(summary["checkpoint"])
@@ -209,8 +214,9 @@ def test_the_last_checkpoint_has_merged_weights_if_a_save_ended_the_run(tmp_path
 SEVERAL = """
 import sys
 sys.path.insert(0, "tests/training")
-from test_callbacks import Limits, Saves, StopOnSave, run
-settings = {"callbacks": [StopOnSave(2)], "saves": Saves(steps=2, in_background=sys.argv[2] == "True")}
+from test_callbacks import StopOnSave, run
+from dllm_rl.groups import Limits, Saves
+settings = {"callbacks": [StopOnSave(2)], "save_steps": 2, "saves": Saves(in_background=sys.argv[2] == "True")}
 summary = run(sys.argv[1], **settings, limits=Limits(collective_timeout=60.0))
 print(summary["stopped"]["reason"])
 """
@@ -219,7 +225,8 @@ print(summary["stopped"]["reason"])
 @pytest.mark.parametrize("async_save", [False, True])
 @pytest.mark.repeated(first_only=True)
 def test_every_process_stops_if_a_save_ends_the_run(tmp_path, async_save):
-    assert all("saved step-000002" in said for said in run_ranks(SEVERAL, 2, tmp_path, async_save))
+    said = run_ranks(SEVERAL, 2, tmp_path, async_save)
+    assert all("saved step-000002" in each for each in said), said
 
 
 @pytest.mark.slow
