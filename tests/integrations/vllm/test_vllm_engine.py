@@ -21,7 +21,7 @@ import torch
 from layouts import checkpoint
 from refusals import refuses
 from safetensors.torch import load_file
-from tiny_recipe import SIZES, tiny_recipe_ar
+from tiny_recipe import SIZES, tiny_recipe_ar, with_changes
 from transformers import AutoModelForCausalLM
 
 from dllm_rl import tiny_llama, train
@@ -330,7 +330,7 @@ def recipe_of(folder, **changes):
         "eval_task": Sudoku(split="test", size=2),
         **changes,
     }
-    return replace(tiny_recipe_ar(folder, rollout_quantization=None, report_to=None), **changes)
+    return with_changes(tiny_recipe_ar(folder, rollout_quantization=None, report_to=None), **changes)
 
 
 def test_a_run_trains_on_vllms_rollouts_and_records(tmp_path, server, monkeypatch):
