@@ -7,6 +7,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from dllm_rl.decoding.texts import text_of
 from dllm_rl.integrations.serving.openai_api import CompletionFields, TextRequest, choice, response, token_texts
 from dllm_rl.models.policy import make_policy
 from dllm_rl.samplers import Unmask
@@ -128,7 +129,7 @@ def test_the_parts_of_random_tokens_join_to_the_text(request, kind):
         ids = draw.choices(range(policy.vocab_size), k=draw.randrange(1, 24))
         if kind != "wordpiece":
             ids += byte_ids(policy, "".join(draw.choices("a\u00e9\u65e5\U0001f600", k=6)).encode())
-        text = policy.tokenizer.decode(ids, skip_special_tokens=True)
+        text = text_of(policy, ids)
         parts, offsets = token_texts(policy, ids, text)
         assert offsets == sorted(offsets) and offsets[-1] == len(text)
         for part, start, end in zip(parts, offsets, offsets[1:], strict=False):
