@@ -4,7 +4,6 @@ from functools import partial
 
 import pytest
 import torch
-from emulated import int3_emulated
 from layouts import checkpoint
 from order_toys import stayed_of
 from repetitions import few
@@ -99,7 +98,7 @@ def test_a_scored_view_waits_twice_at_most(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "scheme", few([schemes.Float8WeightOnly(), schemes.Int4WeightOnly(), int3_emulated], [schemes.Float8WeightOnly()])
+    "scheme", few([schemes.Float8WeightOnly(), schemes.Int4WeightOnly(), schemes.NVFP4()], [schemes.Float8WeightOnly()])
 )
 def test_a_sync_waits_as_often_for_many_layers_as_for_few(scheme):
     """Once for whether all weights are finite, once for what has changed."""
