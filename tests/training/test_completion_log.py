@@ -54,7 +54,7 @@ def test_zero_means_never(tmp_path, capsys):
     train(tiny_recipe(tmp_path, log_completions_steps=0, **small))
     assert not (tmp_path / "completions.jsonl").exists()
     assert "highest and lowest" not in capsys.readouterr().out
-    with pytest.raises(ValueError, match="log_completions_steps: completions_steps=-1 must be at least 0"):
+    with pytest.raises(ValueError, match="log: completions_steps=-1 must be at least 0"):
         tiny_recipe(tmp_path, log_completions_steps=-1)
 
 
