@@ -212,6 +212,8 @@ class _Code:
             items = value.values() if isinstance(value, dict) else value
             for item in sorted(items, key=full_name) if isinstance(value, set | frozenset) else items:
                 self.read(item)
+            if is_of_user(type(value)):
+                self.read_object(value)
         elif isinstance(value, functools.partial):
             self.read(value.func)
             names = getattr(getattr(value.func, "__code__", None), "co_varnames", tuple(map(str, range(99))))
@@ -229,12 +231,19 @@ class _Code:
                 self.follow(name, vars(value), value.__file__)
             self.read([part for part in vars(value).values() if _is_module_of_user(part)])
         elif is_of_user(type(value)):
-            self.read_class(type(value))
-            names = inspect.signature(type(value)).parameters
-            self.give({name: part for name, part in _attributes(value).items() if name.lstrip("_") in names})
+            self.read_object(value)
         else:  # a record of a library, such as a loss or a task, which may hold the user's code
             self.read([getattr(value, name, None) for name in getattr(value, "__dataclass_fields__", ())])
         self.read(getattr(value, "__wrapped__", None))  # what a decorator has wrapped
+
+    def read_object(self, value: Any) -> None:
+        """Read the class of a user's object, and the arguments of its constructor that it keeps."""
+        self.read_class(type(value))
+        try:
+            names: Iterable[str] = inspect.signature(type(value)).parameters
+        except (TypeError, ValueError):  # the constructor is a builtin's, such as that of an exception
+            names = ()
+        self.give({name: part for name, part in _attributes(value).items() if name.lstrip("_") in names})
 
     def give(self, values: Mapping[str, Any]) -> None:
         """Read values by name, each of which may be a setting."""

@@ -47,6 +47,20 @@ class Grader:
         return self.table['a']
 f = Grader({'a': 1}, {'b': 2})
 """
+CONTAINER = "class Table(dict):\n  def __call__(self, c): return len(c)\nf = Table()"
+LIST = """
+class Seen(list):
+    def __init__(self, best): self.best = best
+    def __call__(self, completions): return self.best
+f = Seen(2)
+"""
+EXCEPTION = """
+import functools
+class Failed(Exception):
+    def reward(self): return 1
+def g(completions, state): return state.reward()
+f = functools.partial(g, state=Failed())
+"""
 DIFFERENT = {
     "a sign": ("def f(c): return [len(t) for t in c]", "def f(c): return [-len(t) for t in c]"),
     "a constant": ("def f(c): return [1.0]", "def f(c): return [2.0]"),
@@ -85,6 +99,12 @@ DIFFERENT = {
     "an object's setting": (CLASS, CLASS.replace("(2)", "(3)")),
     "an object's method": (CLASS, CLASS.replace("self.best - ", "self.best + ")),
     "a class's number": (CLASS, CLASS.replace("1.0", "-1.0")),
+    "a method of a dict that is called": (CONTAINER, CONTAINER.replace("len(c)", "-len(c)")),
+    "a setting of a list that is called": (LIST, LIST.replace("(2)", "(3)")),
+    "a method of an object that a partial has, whose constructor is a builtin's": (
+        EXCEPTION,
+        EXCEPTION.replace("return 1", "return 2"),
+    ),
 }
 SAME = {
     "a comment and a place": ("def f(c): return [t for t in c]", "\n\ndef f(c):  # mine\n  return [t for t in c]"),
@@ -98,6 +118,7 @@ SAME = {
     ),
     "an object's table that it fills": (TABLES, TABLES.replace("'b': 2", "'b': 3")),
     "an object's counter": (CLASS, f"{CLASS}f([])"),
+    "the items of a list that is called": (LIST, f"{LIST}f.append(1)"),
 }
 
 
