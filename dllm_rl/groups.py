@@ -179,22 +179,30 @@ def nested(kind: type[Record], settings: Mapping[str, Any], names: Collection[st
             part = part.setdefault(step, {})
         part[path[-1]] = settings[name]
     for group, values in changes.items():
-        given = found.get(group)
-        others = given if isinstance(given, dict) else {} if given is None else set_fields_of(given)
-        for field in values.keys() & others.keys():
-            if not isinstance(values[field], dict) and values[field] != others[field]:
-                raise ValueError(
-                    f"{group}.{field} is set twice, to {values[field]!r} and {others[field]!r}; set it once"
-                )
-        found[group] = given.replace(**values) if isinstance(given, Record) else {**(given or {}), **values}
+        found[group] = _joined(group, found[group], values) if group in found else values
     return found
 
 
-def set_fields_of(record: Record) -> dict[str, Any]:
-    """Return the fields of a record that have another value than their default."""
-    values = {field.name: getattr(record, field.name) for field in fields(record)}  # type: ignore[arg-type]
-    defaults = {field.name: field.default for field in fields(record)}  # type: ignore[arg-type]
-    return {name: value for name, value in values.items() if value != defaults[name]}
+def _joined(path: str, given: Any, values: dict[str, Any]) -> Any:
+    """Return a group's record or dictionary with more values. A value of another type is left to the group's check.
+
+    Raises:
+        ValueError: A field has another value already; in a record, another one than its default.
+    """
+    if isinstance(given, Record):
+        settings = [field for field in fields(given) if getattr(given, field.name) != field.default]  # type: ignore[arg-type]
+        before = {field.name: getattr(given, field.name) for field in settings}
+    elif isinstance(given, dict):
+        before = given
+    else:
+        return given
+    changes = dict(values)
+    for name in values.keys() & before.keys():
+        if isinstance(values[name], dict):
+            changes[name] = _joined(f"{path}.{name}", before[name], values[name])
+        elif values[name] != before[name]:
+            raise ValueError(f"{path}.{name} is set twice, to {values[name]!r} and {before[name]!r}; set it once")
+    return given.replace(**changes) if isinstance(given, Record) else given | changes
 
 
 def with_groups(kind: type[Record], settings: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:

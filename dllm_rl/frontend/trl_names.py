@@ -156,6 +156,7 @@ SAME: dict[str, object] = {
     "generation_batch_size": None,
     "greater_is_better": None,
     "hub_token": None,
+    "load_best_model_at_end": False,
     "lr_scheduler_kwargs": None,
     "mask_truncated_completions": False,
     "model_init_kwargs": None,
@@ -225,7 +226,7 @@ def translate_trl_names(function: Callable[..., Recipe], keywords: dict[str, Any
 
 def unused_defaults(keywords: Mapping[str, Any]) -> dict[str, object]:
     """Return the defaults of TRL that change nothing beside these keywords."""
-    unused = OFF | SAME | {"load_best_model_at_end": False}
+    unused = OFF | SAME
     for name, default in {"top_k": 0, "top_p": 1.0}.items():  # no filter, unless the sampler has one
         if getattr(keywords.get("sampler"), name, None) is None:
             unused[name] = default

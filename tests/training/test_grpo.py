@@ -26,7 +26,7 @@ from dllm_rl.algorithms.advantages import GroupRelative
 from dllm_rl.algorithms.losses import FixedLengthMean, PPOClip, SequenceMean
 from dllm_rl.algorithms.optimizers import LinearDecay
 from dllm_rl.frontend.trl_names import OFF, REMEDIES, SAME, STRING_VALUES, TRL_NAMES, translate_trl_names
-from dllm_rl.groups import TRL_FLAT, Log, Saves
+from dllm_rl.groups import TRL_FLAT, Best, Log, Saves
 from dllm_rl.integrations.serving.engine import HTTPEngine, HTTPSampler
 from dllm_rl.likelihoods.estimators import Causal, OneStep, Trajectory
 from dllm_rl.models.base import encode_block_causal
@@ -511,6 +511,15 @@ test_a_name_that_is_not_known_names_the_nearest = refused(
     ({"max_steps": 3, "num_steps": 4}, "num_steps is set twice, once by TRL's name"),
     ({"save_steps": 3, "saves": Saves(steps=4)}, r"saves.steps is set twice, to 3 and 4; set it once"),
     ({"eval_steps": 3, "evaluation": {"steps": 4}}, r"evaluation.steps is set twice, to 3 and 4"),
+    (
+        {"metric_for_best_model": "a", "saves": Saves(best=Best(metric="b"))},
+        r"saves.best.metric is set twice, to 'a' and 'b'",
+    ),
+    (
+        {"metric_for_best_model": "a", "saves": {"best": {"metric": "b", "load_at_end": True}}},
+        r"saves.best.metric is set twice, to 'a' and 'b'",
+    ),
+    ({"save_steps": 3, "saves": 5}, r"saves=5"),
     ({"max_steps": 3, "num_iterations": 2}, r"max_steps counts updates, .* give num_steps \(max_steps / 2\)$"),
     ({"max_steps": 8, "num_iterations": 4}, r"give num_steps \(max_steps / 4\)$"),
     ({"max_steps": 8, "preset": "d1"}, r"give num_steps \(max_steps / 8\)$"),
@@ -521,6 +530,14 @@ test_a_name_that_is_not_known_names_the_nearest = refused(
     ),
     by=lambda settings: recipe_of(**settings),
 )
+
+
+@pytest.mark.parametrize(
+    "saves", [Saves(best=Best(metric="reward", load_at_end=True)), {"best": {"load_at_end": True}}]
+)
+def test_a_flat_name_adds_to_what_its_group_has(saves):
+    recipe = recipe_of(metric_for_best_model="reward", save_total_limit=7, saves=saves)
+    assert recipe.saves == Saves(total_limit=7, best=Best(metric="reward", load_at_end=True))
 
 
 def verls_rows():
