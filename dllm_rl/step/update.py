@@ -81,7 +81,7 @@ def train_step(
 
 def is_update_taken(context: StepContext, metrics: dict[str, float]) -> bool:
     """Return whether no feature skips the optimizer's step. All of them are asked."""
-    answers = [feature.before_update(context, metrics) for feature in context.features]
+    answers = [feature.before_update(context, dict(metrics)) for feature in context.features]
     return all(answers)
 
 

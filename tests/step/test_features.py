@@ -231,13 +231,14 @@ def test_all_features_see_each_update_and_one_is_enough_to_skip_it(tmp_path):
 
         def before_update(self, context, metrics):
             self.seen += 1
-            assert metrics["grad_norm"] > 0 and any(w.grad is not None for w in context.policy.module.parameters())
+            assert metrics.pop("grad_norm") > 0 and any(w.grad is not None for w in context.policy.module.parameters())
             return self.seen % 2 == 0
 
     features = Sees(), type("Also", (Sees,), {"seen": 1})()
     train(tiny_recipe(tmp_path, num_steps=1, num_iterations=3), features=features)
     (row,) = metrics_of(tmp_path)
     assert [feature.seen for feature in features] == [3, 4] and row["skipped_updates"] == 3
+    assert row["grad_norm"] > 0, "each feature has a copy of the metrics"
 
 
 @pytest.mark.slow
