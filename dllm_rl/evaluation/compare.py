@@ -229,8 +229,11 @@ def tails(folders: Sequence[Path]) -> list[str]:
 
 def settings_of(run: StoredRun) -> dict[str, Any]:
     """Return a run's settings by name, those of records as sampler.temperature, without those of OF_ONE_RUN."""
-    found = {name: value for name, value in _flat(run.recipe) if name.partition(".")[0] not in OF_ONE_RUN}
-    return found | {name: value for name, value in _flat(run.recipe) if name.startswith("saves.best")}
+    return {
+        name: value
+        for name, value in _flat(run.recipe)
+        if name.partition(".")[0] not in OF_ONE_RUN or name.startswith("saves.best")
+    }
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
