@@ -15,9 +15,9 @@ segments     `Trajectory(num_segments=...)`: a quarter of the steps, at least tw
 Models: that of the main job, 350,000 weights, 4x4 Sudoku, 16 cells, NVFP4 rollouts, 32 prompts x 8, before RL (the
 warmed-up start of seed 21 of drawn_trained.py) and after RL (its certain start); SmolLM2-135M made a diffusion model
 (adapters of rank 16 have the gradient, its own rollouts, 4 prompts x 4, answers of 32 tokens), at temperature 1 and, as
-a stand-in for a certain policy, at temperature 0.3: it was not trained by RL, for time. (With FP8 rollouts at
-temperature 0.3, mean absolute log-ratio 0.83, the variance grew by 2.2 for 0.1 in eight steps: such a record says
-little of the learner. That was measured first, and once.) Its reward is the share of different characters in an answer.
+a stand-in for a certain policy, at temperature 0.3: it was not trained by RL, for time. Its reward is the share
+of different characters in an answer. The two stored rows of SmolLM2 are of FP8 rollouts, by this script at commit
+4dec277f; with its own rollouts, and in 16 steps and more, nothing is stored.
 In 128 steps (answers of 128 tokens, 2 prompts x 2) a random part of the units stands for all, and the variance of the
 batch is not measured: the sum of |g|^2 over all units stands for it, which is what the library assumes ("squares" in
 the table: this sum over the batch's own variance, where both are known).
