@@ -26,7 +26,7 @@ STUDIED = {
 }
 NO_MATTER = {"name", "evaluation", "saves", "log"}  # for the numbers of a run
 SMALL = {"hidden_size": 32, "num_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-SIZES = {"num_steps": 2, "evaluation.steps": 1, "train_batch_size": 4, "num_generations": 4, "sft_warmup_steps": 2}
+SIZES = {"num_steps": 2, "evaluation.steps": 1, "train_batch_size": 4, "num_generations": 4, "warmup.steps": 2}
 SIZES |= {"eval_task.size": 8, "validation_task.size": 8, "log.report_to": "none"}
 TINY = [word for name, value in SIZES.items() for word in (f"--{name}", str(value))]
 
