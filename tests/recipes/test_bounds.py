@@ -143,7 +143,7 @@ def test_sandwich_takes_the_bound_that_the_advantage_calls_for():
     upper = EUBO(beta=1.5, base=base).logprobs(TOY, rollout, noise)
     assert torch.equal(both.logprobs(TOY, rollout, noise), lower)  # no advantages given yet
     told = both.with_advantages(noise, advantages)
-    assert told.masked is noise.masked and told.coefficients is noise.coefficients
+    assert torch.equal(told.masked, noise.masked) and torch.equal(told.coefficients, noise.coefficients)
     mixed = both.logprobs(TOY, rollout, told)
     assert torch.equal(mixed[[0, 2]], lower[[0, 2]])
     torch.testing.assert_close(mixed[1], 0.25 * upper[1] + 0.75 * lower[1])
