@@ -18,11 +18,12 @@ from typing import Any
 import torch
 
 from benchmarks.measure import Varied, machine, table, trained
-from dllm_rl import Countdown, Float8Dynamic, Float8WeightOnly, MaxProb, Recipe, Unmask
+from dllm_rl import Float8Dynamic, Float8WeightOnly, MaxProb, Recipe, Unmask
 from dllm_rl.files import read_json, replacing, write_json
 from dllm_rl.monitoring.plots import draw_curve, read_metrics
 from dllm_rl.samplers.rules import RandomOrder
 from dllm_rl.supervised.sft import SFT
+from dllm_rl.tasks import Countdown
 from dllm_rl.training.fine_tune import fine_tune
 from dllm_rl.training.trainer import train
 from recipes import smollm2_diffusion, smollm2_diffusion_sft

@@ -9,20 +9,9 @@ run's loops: recipes/antibody_loops.py.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dllm_rl import (
-    Float8WeightOnly,
-    Lora,
-    MaxProb,
-    Policy,
-    Problem,
-    Recipe,
-    Reward,
-    Trajectory,
-    Unmask,
-    load_policy,
-    main,
-)
+from dllm_rl import Float8WeightOnly, Lora, MaxProb, Policy, Recipe, Trajectory, Unmask, load_policy, main
 from dllm_rl.groups import Log
+from dllm_rl.tasks import Problem, Reward
 from recipes import weights
 
 # Human germline V genes up to Cys 104 and J genes from Trp 118 on, under their IMGT names (no source recorded).

@@ -17,8 +17,9 @@ import argparse
 import sys
 from functools import partial
 
-from dllm_rl import GSM8K, Countdown, Recipe, Sudoku, grpo_recipe, main
+from dllm_rl import Recipe, grpo_recipe, main
 from dllm_rl.cli.run_recipe import as_program
+from dllm_rl.tasks import GSM8K, Countdown, Sudoku
 
 LLADA = "GSAI-ML/LLaDA-8B-Instruct"
 TASKS = {  # with the temperature of the rollouts

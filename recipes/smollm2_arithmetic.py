@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from functools import cache
 from zlib import crc32
 
-from dllm_rl import TIS, Autoregress, Float8WeightOnly, Lora, Policy, Problem, Recipe, Reward, load_policy, main
+from dllm_rl import TIS, Autoregress, Float8WeightOnly, Lora, Policy, Recipe, load_policy, main
 from dllm_rl.groups import Evaluation, Log
 from dllm_rl.likelihoods.estimators import Causal
+from dllm_rl.tasks import Problem, Reward
 from recipes import weights
 
 

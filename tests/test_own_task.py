@@ -7,8 +7,8 @@ import sys
 import pytest
 from readme import README
 
-from dllm_rl import Reward
 from dllm_rl.monitoring.json_lines import current_rows
+from dllm_rl.tasks import Reward
 
 SHORT = "--warmup.steps 5 --num_steps 2 --train_batch_size 8 --num_generations 4 --log.steps 1"
 

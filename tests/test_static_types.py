@@ -15,10 +15,11 @@ from torch import Generator, Tensor
 
 from dllm_rl import (
     AIS, CISPO, ELBO, GSPO, K1, MIS, SFT, TIS, AdamW, Autoregress, Compose, Corrector, Coupled,
-    Float8WeightOnly, GroupRelative, IcePop, Int4WeightOnly, Lora, Loss, MaxProb, Policy, PPOClip, PrefixCache, Prompts,
-    Recipe, Reject, Rollout, Sampler, SoftThreshold, Sudoku, Task, TokenMean, TokenStats, TokenWeights, Trajectory,
+    Float8WeightOnly, GroupRelative, IcePop, Int4WeightOnly, Lora, Loss, MaxProb, Policy, PPOClip, PrefixCache,
+    Prompts, Recipe, Reject, Rollout, Sampler, SoftThreshold, TokenMean, TokenStats, TokenWeights, Trajectory,
     Unmask, evaluate, grpo, grpo_recipe, load_policy, option, quantized_copy, sft, tiny_masked_lm, train,
 )
+from dllm_rl.tasks import Sudoku, Task
 
 
 class Half(Corrector):
@@ -83,8 +84,9 @@ tuning = SFT(name="tune", model="folder", dataset=[{"text": "2+2=4"}], max_lengt
 WRONG = """
 from dllm_rl import (
     AIS, ELBO, TIS, Autoregress, Compose, Float8WeightOnly, Int4Packed, MaxProb, Policy, PPOClip, Recipe,
-    SoftThreshold, Sudoku, Unmask, evaluate, grpo, grpo_recipe,
+    SoftThreshold, Unmask, evaluate, grpo, grpo_recipe,
 )
+from dllm_rl.tasks import Sudoku
 
 
 def calls(policy: Policy, recipe: Recipe) -> None:

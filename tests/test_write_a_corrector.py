@@ -6,8 +6,7 @@ import pytest
 from torch import tensor
 from torch.testing import assert_close
 
-from dllm_rl import check_corrector
-from dllm_rl.testing import make_stats
+from dllm_rl.testing import check_corrector, make_stats
 from recipes.examples.own_corrector import Doubt
 
 

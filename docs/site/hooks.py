@@ -11,6 +11,19 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 LINK = re.compile(r"(\[[^][]*)?\]\(([^)#\s]+)(#[^)\s]*)?\)")  # text, target, anchor
 STUB = re.compile(r"^from \.(\S+) import (\w+)", re.MULTILINE)
+# Names that guides and examples import from elsewhere than dllm_rl, by module.
+ELSEWHERE = {
+    "algorithms.prompt_sources": ("MixedRewardPrompts", "PromptSource"),
+    "callbacks": ("StopBelow",),
+    "integrations.oracle": ("Oracle",),
+    "models.base": ("FamilySpec",),
+    "models.checkpoint.families": ("register_family",),
+    "models.rollout_engine": ("RolloutEngine",),
+    "models.tiny": ("tiny_llama",),
+    "samplers.revise": ("Edit", "Remask", "SoftEdit"),
+    "tasks": ("GSM8K", "MATH500", "Code", "Countdown", "Problem", "Reward", "Sudoku", "Task", "task_from_dataset"),
+    "testing": ("check_corrector", "check_engine", "check_estimator", "check_order", "check_policy", "tiny_checkpoint"),
+}
 # Pages of the reference: the packages whose public names each one has.
 REFERENCE = {
     "Training": ("frontend", "recipe", "training", "supervised", "callbacks", "cli", "step"),
@@ -118,12 +131,14 @@ def recipe_fields() -> str:
 
 
 def reference() -> dict[str, str]:
-    """The pages of the reference, by path: all public names with their signatures and docstrings."""
+    """The pages of the reference, by path: the public names with their signatures and docstrings."""
     stub = (ROOT / "dllm_rl" / "__init__.pyi").read_text(encoding="utf-8")
-    names = [(module, f"::: dllm_rl.{module}.{name}") for module, name in STUB.findall(stub)]
+    entries = [(module, f"::: dllm_rl.{module}.{name}") for module, name in STUB.findall(stub)]
+    path = "\n    options:\n      show_root_full_path: true"  # from where it is imported
+    entries += [(module, f"::: dllm_rl.{module}.{name}{path}") for module, names in ELSEWHERE.items() for name in names]
     pages = {}
     for title, packages in REFERENCE.items():
-        lines = [line for module, line in names if module.partition(".")[0] in packages]
+        lines = [line for module, line in entries if module.partition(".")[0] in packages]
         if title == "Training":
             place = lines.index("::: dllm_rl.recipe.Recipe")
             lines[place] += "\n    options:\n      members: []"

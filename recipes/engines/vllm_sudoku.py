@@ -7,8 +7,9 @@ numbers, so the model is wider than that of sudoku_unique.
 from dataclasses import replace
 from functools import partial
 
-from dllm_rl import TIS, main, tiny_llama
+from dllm_rl import TIS, main
 from dllm_rl.integrations.vllm import VLLMEngine, VLLMSampler
+from dllm_rl.models.tiny import tiny_llama
 from recipes.sudoku_unique import recipe_of
 
 recipe = replace(

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dllm_rl import ELBO, LikelihoodEstimator, Prompts, Unmask, check_estimator, option, tiny_masked_lm
+from dllm_rl import ELBO, LikelihoodEstimator, Prompts, Unmask, option, tiny_masked_lm
 from dllm_rl.likelihoods.views import ViewFeature
 from dllm_rl.models.base import position_ids, shift_states
+from dllm_rl.testing import check_estimator
 
 
 @dataclass(frozen=True)

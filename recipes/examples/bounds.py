@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dllm_rl import Coupled, LikelihoodEstimator, Prompts, Rollout, Unmask, check_estimator, option, tiny_masked_lm
+from dllm_rl import Coupled, LikelihoodEstimator, Prompts, Rollout, Unmask, option, tiny_masked_lm
 from dllm_rl.likelihoods import masks
+from dllm_rl.testing import check_estimator
 from dllm_rl.types.scoring import Views, ViewTensors
 
 

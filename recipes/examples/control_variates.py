@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dllm_rl import ELBO, LikelihoodEstimator, Prompts, Unmask, check_estimator, tiny_masked_lm
+from dllm_rl import ELBO, LikelihoodEstimator, Prompts, Unmask, tiny_masked_lm
+from dllm_rl.testing import check_estimator
 from dllm_rl.types.scoring import Views, ViewTensors
 
 base = ELBO(num_samples=4, stratified=False)  # four independent masks m_n with coefficients w_n

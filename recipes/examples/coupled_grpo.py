@@ -9,8 +9,9 @@ RECIPE.py --likelihood recipes.examples.coupled_grpo.CoupledGRPO
 
 import torch
 
-from dllm_rl import LikelihoodEstimator, Prompts, Unmask, check_estimator, tiny_masked_lm
+from dllm_rl import LikelihoodEstimator, Prompts, Unmask, tiny_masked_lm
 from dllm_rl.likelihoods.masks import row_generators, uniforms_at, uniforms_per_row
+from dllm_rl.testing import check_estimator
 from dllm_rl.types.scoring import Views
 
 

@@ -2,9 +2,9 @@
 
 import torch
 
-from dllm_rl import check_corrector
 from dllm_rl.algorithms.correctors import FunctionCorrector
 from dllm_rl.algorithms.losses import exp_ratio
+from dllm_rl.testing import check_corrector
 from dllm_rl.testing.enumeration import gradient_table
 
 

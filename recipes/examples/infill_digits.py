@@ -6,7 +6,8 @@ python recipes/examples/infill_digits.py
 from dataclasses import dataclass
 from functools import partial
 
-from dllm_rl import Problem, Reward, Unmask, main, tiny_masked_lm
+from dllm_rl import Unmask, main, tiny_masked_lm
+from dllm_rl.tasks import Problem, Reward
 from recipes.sudoku_unique import recipe as base
 
 

@@ -14,9 +14,10 @@ from functools import partial
 
 import torch
 
-from dllm_rl import Prompts, Unmask, check_estimator, tiny_masked_lm
+from dllm_rl import Prompts, Unmask, tiny_masked_lm
 from dllm_rl.likelihoods import masks
 from dllm_rl.likelihoods.estimators import FunctionLikelihood
+from dllm_rl.testing import check_estimator
 
 
 @torch.no_grad()

@@ -14,9 +14,10 @@ from dataclasses import replace
 
 import torch
 
-from dllm_rl import LikelihoodEstimator, Prompts, Trajectory, Unmask, check_estimator, tiny_masked_lm
+from dllm_rl import LikelihoodEstimator, Prompts, Trajectory, Unmask, tiny_masked_lm
 from dllm_rl.likelihoods.masks import block_index, ranks
 from dllm_rl.records import option
+from dllm_rl.testing import check_estimator
 
 
 class LeastCertain(LikelihoodEstimator):

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dllm_rl import FamilySpec, MaxProb, Prompts, Trajectory, Unmask, check_policy, make_policy
-from dllm_rl.models.base import block_causal_mask, block_ranks
+from dllm_rl import MaxProb, Prompts, Trajectory, Unmask, make_policy
+from dllm_rl.models.base import FamilySpec, block_causal_mask, block_ranks
 from dllm_rl.models.tiny import char_tokenizer
+from dllm_rl.testing import check_policy
 
 
 class Layer(nn.Module):

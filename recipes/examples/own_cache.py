@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dllm_rl import BlockCache, FamilySpec, MaxProb, Prompts, Unmask, make_policy
-from dllm_rl.models.base import block_causal_mask, block_ranks
+from dllm_rl import BlockCache, MaxProb, Prompts, Unmask, make_policy
+from dllm_rl.models.base import FamilySpec, block_causal_mask, block_ranks
 from dllm_rl.models.tiny import char_tokenizer
 
 WIDTH, LATENT = 32, 8

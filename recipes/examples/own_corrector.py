@@ -4,8 +4,9 @@
 python -m recipes.examples.own_corrector
 """
 
-from dllm_rl import TIS, Corrector, TokenWeights, check_corrector, option
+from dllm_rl import TIS, Corrector, TokenWeights, option
 from dllm_rl.algorithms.correctors import drop_nonfinite
+from dllm_rl.testing import check_corrector
 from dllm_rl.testing.enumeration import corrects
 
 

@@ -1,9 +1,10 @@
 """Where the mismatch of your rows comes from: the report of `dllm-rl doctor`, with a sampler and a reward of yours."""
 
-from dllm_rl import MaxProb, Unmask, task_from_dataset, tiny_masked_lm
+from dllm_rl import MaxProb, Unmask, tiny_masked_lm
 from dllm_rl.decoding.prompts import encode
 from dllm_rl.doctor.mismatch import diagnose, write_doctor
 from dllm_rl.quantization.schemes import Float8WeightOnly
+from dllm_rl.tasks import task_from_dataset
 
 rows = [{"prompt": f"{a}{b}=", "answer": f"{b}{a}"} for a in "1234" for b in "1234"]  # prompts may be chats
 

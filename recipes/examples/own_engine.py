@@ -3,9 +3,9 @@
 python -m recipes.examples.own_engine       checks it with `check_engine`
 """
 
-from dllm_rl import Prompts, RolloutEngine, Unmask, tiny_masked_lm
+from dllm_rl import Prompts, Unmask, tiny_masked_lm
 from dllm_rl.models.base import copied
-from dllm_rl.models.rollout_engine import with_forward
+from dllm_rl.models.rollout_engine import RolloutEngine, with_forward
 from dllm_rl.testing import check_engine
 
 

@@ -5,8 +5,9 @@ python -m recipes.examples.own_estimator
 
 import torch
 
-from dllm_rl import LikelihoodEstimator, Prompts, Unmask, check_estimator, tiny_masked_lm
+from dllm_rl import LikelihoodEstimator, Prompts, Unmask, tiny_masked_lm
 from dllm_rl.likelihoods.masks import row_generators, uniforms_at
+from dllm_rl.testing import check_estimator
 from dllm_rl.types.scoring import Views
 
 

@@ -5,9 +5,10 @@ python -m recipes.examples.own_loss
 
 import torch
 
-from dllm_rl import Loss, PPOClip, check_corrector, option
+from dllm_rl import Loss, PPOClip, option
 from dllm_rl.algorithms.correctors import FunctionCorrector
 from dllm_rl.algorithms.losses import exp_ratio
+from dllm_rl.testing import check_corrector
 from dllm_rl.testing.enumeration import gradient_table
 
 

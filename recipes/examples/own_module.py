@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dllm_rl import FamilySpec, check_policy, load_policy, make_policy, train
+from dllm_rl import load_policy, make_policy, train
+from dllm_rl.models.base import FamilySpec
 from dllm_rl.models.tiny import char_tokenizer
+from dllm_rl.testing import check_policy
 from recipes.sudoku_unique import recipe as base
 
 

@@ -5,8 +5,9 @@ python -m recipes.examples.own_order
 
 import torch
 
-from dllm_rl import Commit, Confidence, Rank, check_order
+from dllm_rl import Commit, Confidence, Rank
 from dllm_rl.samplers.rules import highest
+from dllm_rl.testing import check_order
 
 
 class LogOdds(Rank):

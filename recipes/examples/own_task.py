@@ -7,7 +7,8 @@ dllm-rl evaluate runs/sorting-seed0 --task recipes.examples.own_task:held_out
 from dataclasses import dataclass
 from functools import partial
 
-from dllm_rl import Problem, Reward, Unmask, main, tiny_masked_lm
+from dllm_rl import Unmask, main, tiny_masked_lm
+from dllm_rl.tasks import Problem, Reward
 from recipes.sudoku_unique import recipe as base
 
 

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dllm_rl import Prompts, Unmask, quantized_copy, tiny_llama
+from dllm_rl import Prompts, Unmask, quantized_copy
 from dllm_rl.models.base import copied
 from dllm_rl.models.rollout_engine import FunctionEngine
+from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantization.rollout_policy import sync_weights
 from dllm_rl.quantization.schemes import Int8WeightOnly
 from dllm_rl.testing import check_engine

@@ -6,7 +6,8 @@ writes all draws above a threshold, or the best one: commit=Threshold(tau=...).
 python -m recipes.examples.sglang_confidence     prints what is known of the order's probability
 """
 
-from dllm_rl import Rank, Threshold, check_order
+from dllm_rl import Rank, Threshold
+from dllm_rl.testing import check_order
 
 
 class DrawnAndLikeliest(Rank):

@@ -23,23 +23,12 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from dllm_rl import (
-    LeaveOneOut,
-    MaxProb,
-    Problem,
-    Prompts,
-    Reward,
-    StepFeature,
-    Trajectory,
-    Unmask,
-    option,
-    tiny_masked_lm,
-    train,
-)
+from dllm_rl import LeaveOneOut, MaxProb, Prompts, StepFeature, Trajectory, Unmask, option, tiny_masked_lm, train
 from dllm_rl.algorithms.advantages import to_groups
 from dllm_rl.decoding.prompts import encode
 from dllm_rl.rng import generator_for, row_seeds
 from dllm_rl.samplers.rules import order_probability
+from dllm_rl.tasks import Problem, Reward
 from dllm_rl.types.batch_record import BatchRecord
 from dllm_rl.types.groups import group_sizes, starts_group
 from recipes.sudoku_unique import recipe as base

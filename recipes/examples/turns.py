@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Generator
 
-from dllm_rl import TIS, Float8WeightOnly, MaxProb, Prompts, Recipe, Reward, Trajectory, Unmask, main, option
+from dllm_rl import TIS, Float8WeightOnly, MaxProb, Prompts, Recipe, Trajectory, Unmask, main, option
 from dllm_rl.decoding.prompts import encode
 from dllm_rl.decoding.texts import decode, full_texts
 from dllm_rl.decoding.tokens import text_ids
@@ -22,7 +22,7 @@ from dllm_rl.groups import Evaluation
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.rng import generator_for, row_seeds
 from dllm_rl.samplers.sampler import Sampler
-from dllm_rl.tasks import Countdown, Problem
+from dllm_rl.tasks import Countdown, Problem, Reward
 from dllm_rl.tasks.countdown.expressions import evaluate
 from dllm_rl.types.batch_record import BatchRecord
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 from tiny_recipe import with_changes
 
-from dllm_rl import Unmask, load_policy, manifest, tiny_llama
+from dllm_rl import Unmask, load_policy, manifest
 from dllm_rl.checkpoints import checkpoint, run_folder
 from dllm_rl.cli.main import main
 from dllm_rl.models.checkpoint.loading import read_config
 from dllm_rl.models.lora_settings import Lora
+from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.training.trainer import train
 from recipes.sudoku_unique import recipe_of
 

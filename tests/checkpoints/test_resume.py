@@ -9,7 +9,7 @@ import pytest
 from sft_toys import tiny_sft
 from tiny_recipe import tiny_recipe, with_changes
 
-from dllm_rl import TIS, Sudoku, Unmask, manifest
+from dllm_rl import TIS, Unmask, manifest
 from dllm_rl.algorithms.correctors import Compose, Reject
 from dllm_rl.algorithms.losses import GSPO
 from dllm_rl.algorithms.optimizers import ConstantRate, CosineWithWarmup, LinearWithWarmup
@@ -19,6 +19,7 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.records import describe, describe_json, to_json, without_folders
 from dllm_rl.samplers.rules import PlackettLuce
 from dllm_rl.supervised.sft import SFT
+from dllm_rl.tasks import Sudoku
 from dllm_rl.tasks.datasets import task_from_dataset
 from dllm_rl.training.fine_tune import fine_tune
 from dllm_rl.training.trainer import train

@@ -7,9 +7,10 @@ import pytest
 from tiny_recipe import SIZES
 from torch import Generator
 
-from dllm_rl import Unmask, tiny_llama
+from dllm_rl import Unmask
 from dllm_rl.cli.main import main
 from dllm_rl.diagnostics.traces import write_trace
+from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.types.rollouts import Prompts
 
 

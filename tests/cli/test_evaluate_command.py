@@ -543,7 +543,7 @@ def test_greedy_samples_differ_in_random_order_alone(model, capsys):
 def test_a_setting_without_a_metric_leaves_its_cell_empty(model, capsys, tmp_path, monkeypatch):
     """The own metric is None for short texts, so that one length has none of it."""
     (tmp_path / "judged.py").write_text("""
-from dllm_rl import task_from_dataset
+from dllm_rl.tasks import task_from_dataset
 
 def length(completions, **columns):
     return [float(len(text)) for text in completions]

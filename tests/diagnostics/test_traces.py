@@ -13,11 +13,12 @@ from sft_toys import block_causal
 from tiny_recipe import SIZES
 from torch import Generator
 
-from dllm_rl import Autoregress, Unmask, tiny_llama
+from dllm_rl import Autoregress, Unmask
 from dllm_rl.diagnostics import traces
 from dllm_rl.diagnostics.trace_check import as_json, check_trace, report_table
 from dllm_rl.diagnostics.traces import read_trace, write_trace
 from dllm_rl.models.base import copied
+from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.samplers import rules
 from dllm_rl.samplers.revise import Remask
 from dllm_rl.types.rollouts import Prompts

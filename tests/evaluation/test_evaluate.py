@@ -15,7 +15,7 @@ import torch
 from refusals import refuses
 from sorting import Mini
 
-from dllm_rl import Problem, Reward, evaluate, quantized_copy
+from dllm_rl import evaluate, quantized_copy
 from dllm_rl.decoding.prompts import prompt_ids
 from dllm_rl.decoding.texts import before_end, completion_token_ids, decode
 from dllm_rl.distributed.collectives import OneProcess
@@ -29,7 +29,7 @@ from dllm_rl.quantization.schemes import Float8WeightOnly
 from dllm_rl.samplers.autoregress import Autoregress
 from dllm_rl.samplers.rules import Entropy, MaxProb, RandomOrder, SoftThreshold, Threshold
 from dllm_rl.samplers.unmask import Unmask
-from dllm_rl.tasks import Sudoku, task_from_dataset
+from dllm_rl.tasks import Problem, Reward, Sudoku, task_from_dataset
 from dllm_rl.tasks.base import grade
 from dllm_rl.tasks.protocols import under_protocol
 from dllm_rl.types.rollouts import Rollout

@@ -17,9 +17,11 @@ from forked import Child
 from refusals import refuses
 from run_outputs import metrics_of
 
-from dllm_rl import Oracle, grpo, grpo_recipe, make_policy, sft, task_from_dataset, tiny_masked_lm, train
+from dllm_rl import grpo, grpo_recipe, make_policy, sft, tiny_masked_lm, train
 from dllm_rl.callbacks import RunControl
 from dllm_rl.groups import Limits
+from dllm_rl.integrations.oracle import Oracle
+from dllm_rl.tasks import task_from_dataset
 
 pytestmark = pytest.mark.usefixtures("no_rehearsal")
 
@@ -465,7 +467,7 @@ CHILD = """
 import os, signal, sys
 from pathlib import Path
 from test_oracle import OPTIONS, design
-from dllm_rl import Oracle
+from dllm_rl.integrations.oracle import Oracle
 
 folder = Path(sys.argv[1])
 

@@ -50,29 +50,28 @@ from dllm_rl import (
     Int8WeightOnly,
     NoCorrection,
     OneStep,
-    Oracle,
     PPOClip,
     QaRL,
     Reinforce,
     Reject,
     Renoise,
     SequenceMean,
-    StopBelow,
     Trajectory,
     Unmask,
     grpo,
     grpo_recipe,
     load_policy,
     quantized_copy,
-    tiny_llama,
 )
+from dllm_rl.callbacks import StopBelow
 from dllm_rl.frontend.trl_names import LOSS_TYPES, unused_defaults
 from dllm_rl.integrations import trl as ours
 from dllm_rl.integrations import trl_settings
+from dllm_rl.integrations.oracle import Oracle
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.lora_settings import Lora
 from dllm_rl.models.policy import make_policy
-from dllm_rl.models.tiny import tiny_diffusion_gemma, tiny_moe
+from dllm_rl.models.tiny import tiny_diffusion_gemma, tiny_llama, tiny_moe
 from dllm_rl.step.samples import Samples
 from dllm_rl.step.update import train_step
 from dllm_rl.training.make_step import make_step

@@ -18,20 +18,19 @@ from dllm_rl import (
     Int8WeightOnly,
     Lora,
     Prompts,
-    check_policy,
     grpo,
     load_policy,
     make_policy,
     quantized_copy,
     sft,
-    tiny_llama,
     tiny_masked_lm,
 )
 from dllm_rl.decoding.prompts import encode
 from dllm_rl.models.base import FamilySpec, copied, frozen_names
 from dllm_rl.models.lora import add_lora
-from dllm_rl.models.tiny import char_tokenizer
+from dllm_rl.models.tiny import char_tokenizer, tiny_llama
 from dllm_rl.tasks.base import Problem
+from dllm_rl.testing import check_policy
 
 DIGITS = "0123456789="
 ROWS = [{"prompt": f"{a}{b}=", "answer": f"{b}{a}"} for a in "123456" for b in "123456"]

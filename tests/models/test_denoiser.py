@@ -8,7 +8,7 @@ import transformers
 from refusals import refused, refuses
 from repetitions import slow
 
-from dllm_rl import Lora, Prompts, Trajectory, Unmask, check_policy, load_policy
+from dllm_rl import Lora, Prompts, Trajectory, Unmask, load_policy
 from dllm_rl.models.forward.batch_invariance import batch_invariant
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.merge import merge_lora
@@ -16,6 +16,7 @@ from dllm_rl.models.tiny import tiny_diffusion_gemma
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.quantization.schemes import FakeQuantize, Float8WeightOnly
 from dllm_rl.samplers import Renoise
+from dllm_rl.testing import check_policy
 
 pytestmark = pytest.mark.skipif(
     not hasattr(transformers, "DiffusionGemmaConfig"), reason="this transformers has no DiffusionGemma"

@@ -19,9 +19,10 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from dllm_rl import FamilySpec, load_policy, make_policy, register_family
-from dllm_rl.models.base import CheckpointFiles, encode_roberta, mlm_head
+from dllm_rl import load_policy, make_policy
+from dllm_rl.models.base import CheckpointFiles, FamilySpec, encode_roberta, mlm_head
 from dllm_rl.models.checkpoint import families
+from dllm_rl.models.checkpoint.families import register_family
 from dllm_rl.models.load import load_weights
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.lora_settings import Lora

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from transformers.models.llama import modeling_llama
 from transformers.utils import logging
 
-from dllm_rl import check_policy, load_policy, make_policy, train
+from dllm_rl import load_policy, make_policy, train
 from dllm_rl.decoding.texts import before_end, completion_token_ids, decode
 from dllm_rl.likelihoods.estimators import Causal, Trajectory
 from dllm_rl.models.base import FamilySpec, shift_states
@@ -23,6 +23,7 @@ from dllm_rl.models.forward.blocks import blocks_of
 from dllm_rl.models.tiny import char_tokenizer, tiny_llama, tiny_masked_lm
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers import Autoregress, Unmask
+from dllm_rl.testing import check_policy
 from dllm_rl.types.rollouts import Prompts, Rollout
 
 MAKERS = {

@@ -8,13 +8,14 @@ import transformers
 from refusals import refuses
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from dllm_rl import Prompts, Unmask, grpo, load_policy, tiny_llama, tiny_masked_lm
+from dllm_rl import Prompts, Unmask, grpo, load_policy, tiny_masked_lm
 from dllm_rl.decoding.prompts import encode, ids_and_blanks
 from dllm_rl.decoding.texts import text_of, texts_to_grade
 from dllm_rl.decoding.tokens import text_ids
 from dllm_rl.decoding.vocabulary import begin_ids, symbol_pattern
 from dllm_rl.integrations.serving.openai_api import token_texts
 from dllm_rl.models.policy import make_policy
+from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.samplers.autoregress import Autoregress
 from dllm_rl.tasks.base import Problem
 

@@ -6,9 +6,9 @@ import peft
 import pytest
 import torch
 
-from dllm_rl import Float8WeightOnly, Int8WeightOnly, load_policy, quantized_copy, tiny_llama, tiny_masked_lm
+from dllm_rl import Float8WeightOnly, Int8WeightOnly, load_policy, quantized_copy, tiny_masked_lm
 from dllm_rl.models.merge import merge_lora
-from dllm_rl.models.tiny import tiny_moe
+from dllm_rl.models.tiny import tiny_llama, tiny_moe
 from dllm_rl.quantization.rollout_policy import sync_weights
 
 LINEARS = ["query", "key", "value", "dense"]

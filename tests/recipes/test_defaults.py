@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from dllm_rl import Autoregress, Causal, MaxProb, Recipe, Trajectory, Unmask, tiny_llama, tiny_masked_lm
+from dllm_rl import Autoregress, Causal, MaxProb, Recipe, Trajectory, Unmask, tiny_masked_lm
 from dllm_rl.frontend.grpo import grpo_recipe
+from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.samplers.rules import Confidence
 
 RECIPES = Path(__file__).parents[2] / "recipes"

@@ -14,11 +14,11 @@ import torch
 import transformers
 from tiny_recipe import SIZES, tiny_recipe
 
-from dllm_rl import Autoregress, Unmask, make_policy, tiny_llama, tiny_masked_lm, train
+from dllm_rl import Autoregress, Unmask, make_policy, tiny_masked_lm, train
 from dllm_rl.config import override
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.lora_settings import Lora
-from dllm_rl.models.tiny import char_tokenizer
+from dllm_rl.models.tiny import char_tokenizer, tiny_llama
 from dllm_rl.testing import check_engine
 from dllm_rl.types.rollouts import Prompts
 from recipes.engines import llama_cpp as engine
@@ -187,7 +187,7 @@ def test_what_llama_cpp_does_not_compute_is_refused(tmp_path, make, format, said
 
 LASTING = """
 import torch
-from dllm_rl import tiny_llama
+from dllm_rl.models.tiny import tiny_llama
 from recipes.engines import llama_cpp as engine
 held = engine.LlamaCpp(format="Q8_0").load(tiny_llama(characters="1234.=", causal=False))
 held.logits(torch.ones(1, 4).long(), torch.ones(1, 4).bool())

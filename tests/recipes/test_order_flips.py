@@ -7,11 +7,12 @@ from itertools import permutations, product
 import pytest
 import torch
 
-from dllm_rl import Confidence, Int4WeightOnly, LeftToRight, MaxProb, Problem, Unmask
+from dllm_rl import Confidence, Int4WeightOnly, LeftToRight, MaxProb, Unmask
 from dllm_rl.decoding.prompts import encode
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.samplers.rules import PlackettLuce
+from dllm_rl.tasks import Problem
 from recipes.studies.quantized import order_flips_controls as controls
 from recipes.studies.quantized.order_flips import (
     ORDERS,

@@ -11,10 +11,11 @@ import torch
 from tiny_recipe import with_changes
 from transformers import AutoTokenizer
 
-from dllm_rl import Problem, grpo, load_policy, train
+from dllm_rl import grpo, load_policy, train
 from dllm_rl.config import override
 from dllm_rl.decoding.prompts import ids_and_blanks
 from dllm_rl.models.tiny import tiny_masked_lm
+from dllm_rl.tasks import Problem
 from dllm_rl.training.fine_tune import fine_tune
 from recipes import antibody_cdr3 as antibody
 from recipes import antibody_loops as loops

@@ -28,11 +28,11 @@ from dllm_rl import (
     Threshold,
     Trajectory,
     Unmask,
-    tiny_llama,
     tiny_masked_lm,
     train,
 )
 from dllm_rl.algorithms.losses import K3, policy_loss
+from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.step.samples import Samples
 from dllm_rl.testing.enumeration import ToyPolicy, contributions, per_outcome
 from dllm_rl.types.groups import equal_groups

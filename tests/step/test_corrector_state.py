@@ -12,13 +12,13 @@ from readme import example
 from run_outputs import metrics_of
 from tiny_recipe import ONE_PUZZLE, tiny_recipe
 
-from dllm_rl import TIS, Compose, Corrector, OneStep, RandomOrder, check_corrector, train
+from dllm_rl import TIS, Compose, Corrector, OneStep, RandomOrder, train
 from dllm_rl.algorithms.correctors import FunctionCorrector
 from dllm_rl.checkpoints.checkpoint import list_checkpoints
 from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.step.collect import collect
 from dllm_rl.step.update import train_step
-from dllm_rl.testing import make_stats
+from dllm_rl.testing import check_corrector, make_stats
 from dllm_rl.training.make_step import make_step
 from dllm_rl.training.parts.corrector_state import CorrectorState
 

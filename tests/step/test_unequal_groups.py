@@ -294,7 +294,7 @@ def test_a_wrong_number_of_rows_is_named(tmp_path):
 
 def test_equal_groups_are_what_encode_makes():
     policy = tiny_masked_lm(characters="1234.=")
-    from dllm_rl import Problem
+    from dllm_rl.tasks import Problem
 
     prompts = encode(policy, [Problem("12"), Problem("3")], num_generations=3)
     assert torch.equal(prompts.group, equal_groups(2, 3)) and prompts.lengths == [2, 2, 2, 1, 1, 1]

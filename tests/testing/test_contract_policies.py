@@ -6,10 +6,11 @@ from layouts import ORIGINAL, STOCK, checkpoint
 from own_module import Own, own_policy
 from repetitions import few
 
-from dllm_rl import check_policy, load_policy
+from dllm_rl import load_policy
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.lora_settings import Lora
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
+from dllm_rl.testing import check_policy
 
 
 class Causal(Own):

@@ -8,11 +8,12 @@ import torch
 from sft_toys import block_causal
 from tiny_recipe import SIZES, tiny_recipe
 
-from dllm_rl import tiny_llama, tiny_masked_lm
+from dllm_rl import tiny_masked_lm
 from dllm_rl.models.base import copied
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.lora_settings import Lora
 from dllm_rl.models.rollout_engine import FunctionEngine, with_forward
+from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantization.schemes import Int8WeightOnly
 from dllm_rl.samplers.autoregress import Autoregress
 from dllm_rl.samplers.cache import BlockCache

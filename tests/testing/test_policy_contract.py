@@ -6,11 +6,11 @@ from own_module import Own, own_policy, pretrained, shifted_llama, with_remote_c
 from refusals import refuses
 from torch import nn
 
-from dllm_rl import check_policy
 from dllm_rl.models import load as own
 from dllm_rl.models.checkpoint import loading
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.lora_settings import Lora
+from dllm_rl.testing import check_policy
 
 
 class Causal(Own):

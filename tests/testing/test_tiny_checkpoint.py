@@ -7,11 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dllm_rl import Unmask, load_policy, tiny_checkpoint, train
+from dllm_rl import Unmask, load_policy, train
 from dllm_rl.config import from_command_line
 from dllm_rl.decoding.chat import conversation_ids
 from dllm_rl.models.checkpoint.families import FAMILIES, find_family
 from dllm_rl.models.checkpoint.loading import load_config
+from dllm_rl.testing import tiny_checkpoint
 from dllm_rl.testing.tiny_checkpoint import LAYOUTS, SIZES
 from recipes.llada_8b import recipe_of
 

@@ -13,22 +13,11 @@ from ranks import run_ranks
 from readme import example
 from refusals import refused, refuses
 
-from dllm_rl import (
-    Callback,
-    FakeQuantize,
-    Lora,
-    StopBelow,
-    Unmask,
-    grpo,
-    grpo_recipe,
-    load_policy,
-    sft,
-    task_from_dataset,
-    tiny_masked_lm,
-)
-from dllm_rl.callbacks import RunControl, check_callbacks, state_of
+from dllm_rl import Callback, FakeQuantize, Lora, Unmask, grpo, grpo_recipe, load_policy, sft, tiny_masked_lm
+from dllm_rl.callbacks import RunControl, StopBelow, check_callbacks, state_of
 from dllm_rl.groups import Evaluation, Log, Saves
 from dllm_rl.models.tiny import tiny_moe
+from dllm_rl.tasks import task_from_dataset
 from dllm_rl.training import hooks, trainer, validation
 
 pytestmark = pytest.mark.usefixtures("no_rehearsal")

@@ -13,10 +13,11 @@ from repetitions import few, slow
 from run_outputs import assert_same_weights, metrics_of, weights_of
 from tiny_recipe import SIZES, tiny_recipe, tiny_recipe_ar, with_changes
 
-from dllm_rl import Decoupled, MaxProb, Trajectory, Unmask, tiny_llama, tiny_masked_lm, train
+from dllm_rl import Decoupled, MaxProb, Trajectory, Unmask, tiny_masked_lm, train
 from dllm_rl.decoding.prompts import encode
 from dllm_rl.frontend.grpo import grpo_recipe
 from dllm_rl.models.lora_settings import Lora
+from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.monitoring import health
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers.revise import Remask

@@ -21,7 +21,7 @@ from run_outputs import metrics_of
 from tiny_recipe import SIZES, tiny_recipe
 from transformers import LlamaConfig, LlamaForCausalLM, get_scheduler
 
-from dllm_rl import GSPO, Decoupled, Float8WeightOnly, Recipe, grpo, grpo_recipe, tiny_llama, tiny_masked_lm, train
+from dllm_rl import GSPO, Decoupled, Float8WeightOnly, Recipe, grpo, grpo_recipe, tiny_masked_lm, train
 from dllm_rl.algorithms.advantages import GroupRelative
 from dllm_rl.algorithms.losses import FixedLengthMean, PPOClip, SequenceMean
 from dllm_rl.algorithms.optimizers import LinearDecay
@@ -33,7 +33,7 @@ from dllm_rl.models.base import encode_block_causal
 from dllm_rl.models.checkpoint import loading
 from dllm_rl.models.load import load_policy
 from dllm_rl.models.lora_settings import Lora
-from dllm_rl.models.tiny import char_tokenizer, tiny_diffusion_gemma
+from dllm_rl.models.tiny import char_tokenizer, tiny_diffusion_gemma, tiny_llama
 from dllm_rl.monitoring.plots import read_metrics
 from dllm_rl.records import describe, option
 from dllm_rl.samplers import Renoise

@@ -10,10 +10,11 @@ from accelerate import Accelerator
 from sft_toys import tiny_sft
 from tiny_recipe import SIZES, tiny_recipe
 
-from dllm_rl import load_policy, make_policy, manifest, tiny_llama, tiny_masked_lm
+from dllm_rl import load_policy, make_policy, manifest, tiny_masked_lm
 from dllm_rl.algorithms.prompt_sources import RewardHistory
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.models.lora_settings import Lora
+from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantization.schemes import Float8Dynamic
 from dllm_rl.samplers.cache import PrefixCache
 from dllm_rl.samplers.revise import Remask

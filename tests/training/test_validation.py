@@ -7,12 +7,12 @@ import pytest
 from run_outputs import metrics_of
 from tiny_recipe import ONE_PUZZLE, Wrapped, tiny_recipe, with_changes
 
-from dllm_rl import Sudoku, Unmask, grpo, tiny_masked_lm
+from dllm_rl import Unmask, grpo, tiny_masked_lm
 from dllm_rl.callbacks import StopBelow
 from dllm_rl.groups import Best, Evaluation, Saves
 from dllm_rl.samplers.sampler import FunctionSampler
 from dllm_rl.supervised.sft import SFT
-from dllm_rl.tasks import task_from_dataset
+from dllm_rl.tasks import Sudoku, task_from_dataset
 from dllm_rl.tasks.protocols import under_protocol
 from dllm_rl.training.finish import result_text
 from dllm_rl.training.start import start

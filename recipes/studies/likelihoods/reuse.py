@@ -17,21 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from dllm_rl import (
-    Callback,
-    Policy,
-    Recipe,
-    Reward,
-    Sudoku,
-    Trajectory,
-)
+from dllm_rl import Callback, Policy, Recipe, Trajectory
 from dllm_rl.algorithms.correctors import NoCorrection
 from dllm_rl.algorithms.optimizers import LinearDecay
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.files import read_json
 from dllm_rl.models.forward.blocks import blocks_of
 from dllm_rl.step.context import StepContext
-from dllm_rl.tasks import Problem
+from dllm_rl.tasks import Problem, Reward, Sudoku
 from dllm_rl.tasks.rows import load_rows
 from recipes.countdown_tiny import recipe as countdown
 from recipes.latin_sudoku import recipe as latin

@@ -45,11 +45,12 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from dllm_rl import AIS, TIS, Aligned, Float8WeightOnly, Int4WeightOnly, Policy, Problem
+from dllm_rl import AIS, TIS, Aligned, Float8WeightOnly, Int4WeightOnly, Policy
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.files import read_json, write_json
 from dllm_rl.manifest import digest
 from dllm_rl.quantization.rollout_policy import quantized_copy
+from dllm_rl.tasks import Problem
 from recipes.smollm2_arithmetic import pairs
 from recipes.smollm2_diffusion import recipe
 from recipes.smollm2_diffusion_sft import PlainSums

@@ -42,23 +42,14 @@ from typing import Any
 import torch
 from torch import Generator
 
-from dllm_rl import (
-    Int4WeightOnly,
-    MaxProb,
-    Policy,
-    RandomOrder,
-    Recipe,
-    Trajectory,
-    Unmask,
-    evaluate,
-    task_from_dataset,
-)
+from dllm_rl import Int4WeightOnly, MaxProb, Policy, RandomOrder, Recipe, Trajectory, Unmask, evaluate
 from dllm_rl.files import read_json, write_json
 from dllm_rl.groups import Evaluation, Log
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers.rules import Rank
+from dllm_rl.tasks import task_from_dataset
 from dllm_rl.tasks.countdown.graders import countdown_strict
 from dllm_rl.training.trainer import train
 from recipes.studies.paired import claimed_rows, interval, markdown, verdict_rows

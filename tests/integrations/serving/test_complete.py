@@ -7,14 +7,14 @@ import torch
 from refusals import refused
 from tiny_recipe import tiny_recipe
 
-from dllm_rl import Problem, Unmask, complete, load_policy
+from dllm_rl import Unmask, complete, load_policy
 from dllm_rl.cli.main import main
 from dllm_rl.decoding.prompts import encode
 from dllm_rl.decoding.texts import decode, full_texts
 from dllm_rl.models.tiny import tiny_diffusion_gemma, tiny_llama, tiny_masked_lm
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers import Autoregress, Renoise
-from dllm_rl.tasks import Sudoku
+from dllm_rl.tasks import Problem, Sudoku
 from dllm_rl.training.trainer import train
 
 pytestmark = pytest.mark.usefixtures("no_rehearsal")

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from tiny_recipe import SIZES, tiny_recipe_ar, with_changes
 from transformers import AutoModelForCausalLM
 
-from dllm_rl import tiny_llama, train
+from dllm_rl import train
 from dllm_rl.frontend.grpo import grpo_recipe
 from dllm_rl.integrations import vllm
 from dllm_rl.integrations.vllm import VLLMEngine, VLLMSampler, VLLMServer
@@ -32,6 +32,7 @@ from dllm_rl.likelihoods.estimators import ELBO
 from dllm_rl.models.load import load_policy
 from dllm_rl.models.lora import adapted_layers, add_lora
 from dllm_rl.models.lora_settings import Lora
+from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers.autoregress import Autoregress
 from dllm_rl.tasks import Sudoku

@@ -11,8 +11,9 @@ from layouts import LAYERS, MASK, ORIGINAL, STOCK, checkpoint, llada, llada2, ll
 from repetitions import few
 from safetensors.torch import load_file
 
-from dllm_rl import Prompts, Trajectory, Unmask, load_policy, make_policy, register_family
+from dllm_rl import Prompts, Trajectory, Unmask, load_policy, make_policy
 from dllm_rl.models.checkpoint import families, rope
+from dllm_rl.models.checkpoint.families import register_family
 from dllm_rl.models.checkpoint.loading import find_eos_ids
 from dllm_rl.models.convert import as_causal, diffusion_from_causal
 from dllm_rl.samplers.rules import MaxProb

@@ -19,7 +19,7 @@ from layouts import checkpoint, published
 from refusals import refuses
 from transformers.utils import logging
 
-from dllm_rl import load_policy, make_policy, tiny_llama
+from dllm_rl import load_policy, make_policy
 from dllm_rl.models.checkpoint import loading
 from dllm_rl.models.checkpoint.adapters import save_adapter
 from dllm_rl.models.checkpoint.tensors import INDEX, read_tensors, write_tensors
@@ -27,6 +27,7 @@ from dllm_rl.models.convert import as_causal
 from dllm_rl.models.load import load_weights
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.lora_settings import Lora
+from dllm_rl.models.tiny import tiny_llama
 
 
 def test_the_dtype_is_written_under_the_name_that_the_config_has(tmp_path):

@@ -14,7 +14,7 @@ from layouts import stock
 from repetitions import few
 from tiny_recipe import tiny_recipe, with_changes
 
-from dllm_rl import TIS, Countdown, Lora, NoCorrection, grpo_recipe, tiny_masked_lm, train
+from dllm_rl import TIS, Lora, NoCorrection, grpo_recipe, tiny_masked_lm, train
 from dllm_rl.algorithms.optimizers import AdamW, AdamW8bit
 from dllm_rl.config import from_command_line
 from dllm_rl.likelihoods.estimators import ELBO, OneStep, Trajectory
@@ -22,6 +22,7 @@ from dllm_rl.models.checkpoint.loading import CONFIGS, load_config
 from dllm_rl.quantization.schemes import FakeQuantize, Float8Dynamic, Float8WeightOnly
 from dllm_rl.samplers import Unmask
 from dllm_rl.samplers.autoregress import Autoregress
+from dllm_rl.tasks import Countdown
 from dllm_rl.training.dry_run import duration
 from dllm_rl.training.dry_run import plan as dry_run
 from dllm_rl.training.dry_run.duration import PEAK_FLOPS
