@@ -316,17 +316,24 @@ def test_every_public_name_resolves():
         assert callable(getattr(dllm_rl, name))
 
 
-def test_recipes_and_benchmarks_import_names_that_exist():
+IMPORT = re.compile(r"^[+\s\"]*(from dllm_rl[\w.]* import (?:\([^)]*\)|[^\n\\;(]+))", re.MULTILINE)
+
+
+def test_scripts_and_pages_import_names_that_exist():
     root = PACKAGE.parent
+    scripts = [
+        (path, path.read_text()) for folder in ("recipes", "benchmarks") for path in root.glob(f"{folder}/**/*.py")
+    ]
+    pages = [root / "README.md", *root.glob("docs/*.md"), *root.glob("docs/*.ipynb"), *root.glob("recipes/**/*.md")]
+    shown = [(path, "\n".join(IMPORT.findall(path.read_text()))) for path in pages]
     imports = [
         (path, each.module, alias.name)
-        for folder in ("recipes", "benchmarks")
-        for path in root.glob(f"{folder}/**/*.py")
-        for each in statements(ast.parse(path.read_text()).body)
+        for path, text in scripts + shown
+        for each in statements(ast.parse(text).body)
         if isinstance(each, ast.ImportFrom) and (each.module or "").startswith("dllm_rl")
         for alias in each.names
     ]
-    assert len(imports) > 100
+    assert len(imports) > 100 and sum(path in pages for path, *_ in imports) > 30
     missing = []
     for path, module, name in imports:
         if not hasattr(importlib.import_module(module), name):
