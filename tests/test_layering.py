@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import pkgutil
 import re
 import subprocess
 import sys
@@ -316,16 +317,17 @@ def test_every_public_name_resolves():
         assert callable(getattr(dllm_rl, name))
 
 
+ROOT = PACKAGE.parent
+PAGES = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("docs/*.ipynb"), *ROOT.glob("recipes/**/*.md")]
+NAMED = re.compile(r"\bdllm_rl(?:\.(?!NAME)[A-Za-z_]\w*)+")  # help(dllm_rl.NAME) is of any name
 IMPORT = re.compile(r"^[+\s\"]*(from dllm_rl[\w.]* import (?:\([^)]*\)|[^\n\\;(]+))", re.MULTILINE)
 
 
 def test_scripts_and_pages_import_names_that_exist():
-    root = PACKAGE.parent
     scripts = [
-        (path, path.read_text()) for folder in ("recipes", "benchmarks") for path in root.glob(f"{folder}/**/*.py")
+        (path, path.read_text()) for folder in ("recipes", "benchmarks") for path in ROOT.glob(f"{folder}/**/*.py")
     ]
-    pages = [root / "README.md", *root.glob("docs/*.md"), *root.glob("docs/*.ipynb"), *root.glob("recipes/**/*.md")]
-    shown = [(path, "\n".join(IMPORT.findall(path.read_text()))) for path in pages]
+    shown = [(path, "\n".join(IMPORT.findall(path.read_text()))) for path in PAGES]
     imports = [
         (path, each.module, alias.name)
         for path, text in scripts + shown
@@ -333,14 +335,26 @@ def test_scripts_and_pages_import_names_that_exist():
         if isinstance(each, ast.ImportFrom) and (each.module or "").startswith("dllm_rl")
         for alias in each.names
     ]
-    assert len(imports) > 100 and sum(path in pages for path, *_ in imports) > 30
+    assert len(imports) > 100 and sum(path in PAGES for path, *_ in imports) > 30
     missing = []
     for path, module, name in imports:
         if not hasattr(importlib.import_module(module), name):
             try:
                 importlib.import_module(f"{module}.{name}")
             except ModuleNotFoundError:
-                missing.append(f"{path.relative_to(root)}: {module}.{name}")
+                missing.append(f"{path.relative_to(ROOT)}: {module}.{name}")
+    assert not missing
+
+
+def test_pages_name_what_exists():
+    found = {name: path.name for path in PAGES for name in NAMED.findall(path.read_text())}
+    assert len(found) > 50
+    missing = []
+    for name, page in found.items():
+        try:
+            pkgutil.resolve_name(name)
+        except (AttributeError, ImportError):
+            missing.append(f"{page}: {name}")
     assert not missing
 
 
