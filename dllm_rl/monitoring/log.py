@@ -80,6 +80,15 @@ class RunLog:
         names it.
         """
         start_time = time.perf_counter()
+        with self._watched(name):
+            yield
+        seconds = time.perf_counter() - start_time
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        self.step_seconds[name] = self.step_seconds.get(name, 0.0) + seconds
+
+    @contextmanager
+    def _watched(self, name: str) -> Iterator[None]:
+        """In this context, name what runs, and print its name if it takes long."""
         self.entered = name
         if self.entering is not None:
             self.entering()
@@ -89,9 +98,6 @@ class RunLog:
             yield
         finally:
             done.set()
-        seconds = time.perf_counter() - start_time
-        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-        self.step_seconds[name] = self.step_seconds.get(name, 0.0) + seconds
 
     def _print_heartbeats(self, done: threading.Event) -> None:
         place, rank = self.place, os.environ.get("RANK", "0")
@@ -117,7 +123,9 @@ class RunLog:
                 self.say(f"warning: {problem.state}, {problem.name}: {problem.text}")
         if self.main:
             self.files["metrics"].append({"step": step, **finite(row)})
-            self.trackers = track(self.trackers, finite_numbers(row), step, self.say, self._refused, self._failed)
+        if self.trackers:  # in the main process alone; their servers may not answer for long
+            with self._watched("trackers"):
+                self.trackers = track(self.trackers, finite_numbers(row), step, self.say, self._refused, self._failed)
 
     def write_warmup(self, step: int, metrics: dict[str, float]) -> None:
         """Write a line `{"warmup_step": 0, "warmup/loss": ...}` to metrics.jsonl."""
@@ -272,8 +280,10 @@ def send(tracker: GeneralTracker, values: dict[str, float], step: int) -> None:
 def send_each(tracker: GeneralTracker, values: dict[str, float], step: int) -> dict[str, Exception]:
     """Send the numbers one by one; return the reasons of those that the tracker refuses.
 
-    The number with the plainest name goes first. If the tracker refuses that one, it is not for its name, and the
-    tracker's exception is raised: each further one might wait for a server that does not answer.
+    The number with the plainest name goes first, and again after each number that was not accepted. If the tracker
+    refuses that one, it is not for its name, and the tracker's exception is raised: each further one might wait for a
+    server that does not answer. If the tracker takes it, the other is tried once more, since a single time-out says
+    nothing of its name.
     """
     reasons: dict[str, Exception] = {}
     first, *others = sorted(values, key=lambda name: not (name.isascii() and name.isidentifier()))
@@ -281,6 +291,10 @@ def send_each(tracker: GeneralTracker, values: dict[str, float], step: int) -> d
     for name in others:
         try:
             send(tracker, {name: values[name]}, step)
-        except Exception as error:  # any exception of a tracker
-            reasons[name] = error
+        except Exception:  # any exception of a tracker
+            send(tracker, {first: values[first]}, step)
+            try:
+                send(tracker, {name: values[name]}, step)
+            except Exception as error:  # any exception of a tracker
+                reasons[name] = error
     return reasons

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import threading
 from pathlib import Path
 from typing import ClassVar
 
@@ -255,6 +256,57 @@ def test_a_tracker_that_times_out_is_asked_again_until_it_has_failed_three_steps
     is_ended = "the run continues without it, after 3 such steps in a row" in out
     assert is_ended == (sent in ([], [0, 2])) == (tracker not in log.trackers)
     assert out.count("did not accept") == len([step for step in fails if step in tries]) and other in log.trackers
+
+
+@pytest.mark.parametrize("dead", [{1, 2}, {1, 3}, {1, 4, 9}, {2, 5}])
+def test_a_tracker_that_times_out_between_numbers_still_gets_each_name(tmp_path, capsys, dead):
+    """Of its calls some fail: of a step's numbers all are sent, or the whole step counts as failed."""
+    tracker, tries = Picky("run"), []
+    tracker.pattern = ".*"
+    write = tracker.log
+    log = RunLog(tmp_path, start=0, main=True, trackers=[tracker])
+
+    def slow(values, step=None, **_):
+        tries.append(step)
+        if len(tries) in dead:
+            raise TimeoutError("no answer")
+        write(values, step)
+
+    tracker.log = slow
+    names = ["reward", "a/b", "c/d", "e/f"]
+    for step in range(4):
+        log.write(step, dict.fromkeys(names, 1.0))
+    got = {step: {name for at, values in tracker.sent if at == step for name in values} for step in range(4)}
+    assert all(set(names) <= got[step] for step in range(4) if got[step]) and sum(map(bool, got.values())) >= 3
+    assert "does not accept the metric" not in capsys.readouterr().out
+
+
+def test_a_server_that_dies_between_numbers_is_not_asked_for_each(tmp_path, capsys):
+    tracker, tries = Picky("run"), []
+    tracker.pattern = ".*"
+    log = RunLog(tmp_path, start=0, main=True, trackers=[tracker])
+
+    def dying(values, step=None, **_):
+        tries.append(values)
+        if len(tries) not in (2, 3):
+            raise TimeoutError("no answer")
+
+    tracker.log = dying
+    log.write(0, dict.fromkeys(["reward", *(f"a/{n}" for n in range(50))], 1.0))
+    assert len(tries) == 5, "all, the plainest, one more, one that fails, the plainest again"
+    assert capsys.readouterr().out.count("did not accept the numbers of step 0 (no answer)") == 1
+
+
+def test_trackers_that_take_long_say_so(tmp_path, monkeypatch):
+    tracker, said = Picky("run"), threading.Event()
+    log = RunLog(tmp_path, start=4, main=True, trackers=[tracker])
+    lines = []
+    monkeypatch.setattr(module, "FIRST_HEARTBEAT", 0.01)
+    monkeypatch.setattr(log, "say", lambda line: [lines.append(line), said.set()])
+    tracker.log = lambda values, step=None: said.wait(60)
+    log.write(4, {"reward": 1.0})
+    assert lines[0] == "process 0: trackers, after 5 steps, has taken 0.01 s so far"
+    assert "time/trackers" not in log.last and log.trackers == [tracker]
 
 
 @pytest.mark.slow
