@@ -147,7 +147,8 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         if synced and reference is None:
             raise ValueError("sync_ref_model=True needs a copy of the weights as the reference: beta > 0, no adapters")
         args.beta *= is_adapted  # TRL copies given adapters, and would load a reference as a causal model
-        args.gradient_checkpointing = False  # the policy has its own, which also works in eval mode
+        # The policy has its own, which also works in eval mode. Newer versions of transformers call it by another name.
+        args.gradient_checkpointing = args.activation_checkpointing = False
         trainer_arguments["rollout_func"] = lambda prompts, trainer: trainer._sample(prompts)
         trained = model if is_adapted else policy.module
         with warnings.catch_warnings():  # about an argument that the user did not give

@@ -804,6 +804,16 @@ def test_an_oracle_is_refused(tmp_path, given):
         ours.DiffusionGRPOTrainer(tiny(), given, config(tmp_path), train_dataset=Dataset.from_list(ROWS))
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_transformers_own_checkpointing_stays_off_and_warns_of_nothing(tmp_path, recwarn, lora):
+    """TRL turns it on by default; it has no effect in eval mode, and each rollout would warn of its old names."""
+    run = trainer(tmp_path, settings={"gradient_checkpointing": True} | FEW_ROWS, lora=lora)
+    run.train()
+    assert run._policy.gradient_checkpointing and run.args.gradient_checkpointing
+    assert not any(getattr(part, "gradient_checkpointing", False) for part in run.model.modules())
+    assert not [str(each.message) for each in recwarn if "gradient_checkpointing_" in str(each.message)]
+
+
 def test_a_user_is_not_warned_of_an_argument_that_he_did_not_give(tmp_path, recwarn, monkeypatch):
     monkeypatch.delenv("TRL_EXPERIMENTAL_SILENCE", raising=False)
     trainer(tmp_path)
