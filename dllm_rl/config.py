@@ -111,6 +111,7 @@ def override(recipe: Settings, arguments: Sequence[str]) -> Settings:
             raise ValueError(f"--preset {preset}: presets are for RL, and this is a {type(recipe).__name__}")
         recipe = typing.cast(Any, with_preset(recipe, str(preset)))
         options = [(path, text) for path, text in options if path != "preset"]
+    options = _with_classes(recipe, options)
     settable = _settable(recipe)
     words, problems = [], []
     for path, text in options:
@@ -277,6 +278,24 @@ def _with_files(options: list[tuple[str, str | None]]) -> list[tuple[str, str | 
         other = tuple(f"{path}." for path, text in read if before.get(path) not in (None, str(text).rpartition(".")[2]))
         merged = [(path, text) for path, text in merged if not path.startswith(other)] + read
     return sorted(merged, key=lambda pair: pair[0].count("."))
+
+
+def _with_classes(recipe: Any, options: list[tuple[str, str | None]]) -> list[tuple[str, str | None]]:
+    """Return options with the choice of a class before those of its fields, where a setting has no value yet and knows
+    one class: `--lora.r 16` is `--lora Lora --lora.r 16`.
+    """
+    chosen = dict(options)
+    for path, _ in options:
+        names, value = path.split("."), recipe
+        owner: Any = type(recipe)
+        for depth, name in enumerate(names[:-1], start=1):
+            annotation, value = annotations_of(owner).get(name), getattr(value, name, None)
+            if names[-1] == "help" or not fields_of_group(annotation):
+                break
+            owner = record_type(annotation)
+            if value is None:
+                chosen.setdefault(".".join(names[:depth]), owner.__name__)
+    return sorted(chosen.items(), key=lambda pair: pair[0].count("."))
 
 
 def _file_options(file: str) -> list[tuple[str, str | None]]:

@@ -4,7 +4,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import Any
 
-from dllm_rl.records import Record, annotations_of, option, record_type
+from torch.nn import Module
+
+from dllm_rl.models.base import Policy
+from dllm_rl.records import Record, annotations_of, describe, make_record, option, record_type
 
 # Flat names of the groups' fields, and their paths in a recipe. A recipe answers a flat name by the path.
 GROUPED = {
@@ -27,6 +30,8 @@ GROUPED = {
     "sft_warmup_metric": "warmup.metric",
     "sft_warmup_target": "warmup.target",
     "sft_warmup_eval_steps": "warmup.eval_steps",
+    "teacher_substeps": "teacher.substeps",
+    "teacher_coeff": "teacher.coeff",
     "eval_steps": "evaluation.steps",
     "eval_batch_size": "evaluation.batch_size",
 }
@@ -44,6 +49,7 @@ TRL_FLAT = frozenset(
     ]
 )
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
+REFERENCE = "reference"  # value of `teacher.model`: the policy that RL started from
 
 
 class Log(Record):
@@ -88,6 +94,34 @@ class Warmup(Record):
     metric: str = "solve_rate"
     target: float = 1.0
     eval_steps: int = option(default=5, at_least=1)
+
+
+class Teacher(Record):
+    """A model that scores the student's completions (on-policy distillation), the setting `teacher`.
+
+    Args:
+        model: The teacher, as `model` of the recipe, or 'reference': the policy that RL started from.
+        substeps: Denoising steps of the teacher per step of the sampler; 1: the same steps.
+        coeff: Weight of the teacher's reward; the task's has 1 - coeff.
+    """
+
+    model: str | Any  # a policy or a function, too: the command line could not keep a value of a protocol's type
+    substeps: int = option(default=1, at_least=1)
+    coeff: float = option(default=1.0, above=0, at_most=1)
+
+    def check(self) -> None:
+        is_wrong, message = is_loaded_module("model", self.model)
+        if is_wrong:
+            raise ValueError(message)
+        if not (isinstance(self.model, str | Policy) or callable(self.model)):
+            raise ValueError(
+                f"model={describe(self.model)} must be a path, a hub id, a policy, or a function that makes one"
+            )
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether the policy that RL started from is the teacher."""
+        return self.model == REFERENCE
 
 
 class Best(Record):
@@ -155,6 +189,12 @@ class Evaluation(Record):
     batch_size: int | None = option(default=None, at_least=1)
 
 
+def is_loaded_module(name: str, model: Any) -> tuple[bool, str]:
+    """Return the conflict of a setting that must be a policy and may be a module that somebody loaded."""
+    is_module = isinstance(model, Module) and not isinstance(model, Policy)
+    return is_module, f"{name} is a loaded module: give make_policy(module, tokenizer)"
+
+
 def type_of(kind: type[Record], name: str) -> Any:
     """Return the type of the setting of `Recipe` or `SFT` with this flat name."""
     annotation: Any = kind
@@ -218,11 +258,14 @@ def with_groups(kind: type[Record], settings: Mapping[str, Any], before: Mapping
     """
     groups = {path.partition(".")[0] for path in kind.GROUPED.values()}
     defaults: dict[str, Any] = {setting.name: setting.default for setting in fields(kind)}  # type: ignore[arg-type]
+    annotations = annotations_of(kind)
     made = dict(settings)
     for name in groups & settings.keys():
         if isinstance(made[name], dict):
             try:
-                made[name] = before.get(name, defaults[name]).replace(**made[name])
+                group: Any = before.get(name, defaults[name])
+                base: Any = record_type(annotations[name])
+                made[name] = make_record(base, made[name]) if group is None else group.replace(**made[name])
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
     return made

@@ -1,24 +1,20 @@
 """All settings of an experiment, in one flat frozen record, `Recipe`. Write a variant as `replace(base, ...)`."""
 
-from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 from dllm_rl.algorithms.losses import takes_drawn_steps
 from dllm_rl.algorithms.replay import Replay
-from dllm_rl.groups import Warmup
+from dllm_rl.groups import Teacher, Warmup
 from dllm_rl.likelihoods.estimators import EXACT
-from dllm_rl.models.base import Policy
 from dllm_rl.models.lora import check_mergeable
 from dllm_rl.quantization.schemes import Scheme
 from dllm_rl.records import describe, option, to_json
 from dllm_rl.samplers.sampler import Sampler
 from dllm_rl.samplers.unmask import Unmask
 from dllm_rl.samplers.whole_step import check_fixed_shapes
-from dllm_rl.settings import documented, is_loaded_module
+from dllm_rl.settings import documented
 from dllm_rl.step.settings import StepSettings
 from dllm_rl.tasks.base import Task
-
-REFERENCE = "reference"  # value of `teacher`: the policy that RL started from
 
 
 class Recipe(StepSettings):
@@ -49,16 +45,7 @@ class Recipe(StepSettings):
     adam_beta2: float = option(default=0.99, help="the optimizer's beta2", at_least=0, below=1)
     weight_decay: float = option(default=0.0, help="the optimizer's weight decay", at_least=0)
 
-    teacher: Callable[..., Policy] | str | Policy | None = option(
-        default=None,
-        help="model for on-policy distillation, as `model`, or 'reference': the policy that RL started from",
-    )
-    teacher_substeps: int = option(
-        default=1, help="denoising steps of the teacher per step of the sampler; 1: the same steps", at_least=1
-    )
-    teacher_coeff: float = option(
-        default=1.0, help="weight of the teacher's reward; the task's has 1 - teacher_coeff", above=0, at_most=1
-    )
+    teacher: Teacher | None = option(default=None, help="on-policy distillation from a teacher; None: no teacher")
     zero_mismatch: bool = option(
         default=False, help="compute batch-invariantly; stop if a log-prob of rollout and learner differs in any bit"
     )
@@ -88,7 +75,6 @@ class Recipe(StepSettings):
         is_quantized = self.rollout_quantization is not None
         conflicts = [
             *super().conflicts(),
-            is_loaded_module("teacher", self.teacher),
             (
                 self.loads_best and self.shard_size != 1,
                 f"saves.best.load_at_end=True loads full weights, and shard_size={self.shard_size} shards them: set it "
@@ -253,11 +239,6 @@ class Recipe(StepSettings):
         has_teacher = self.teacher is not None
         return [
             (
-                not has_teacher and (self.teacher_substeps, self.teacher_coeff) != (1, 1.0),
-                f"teacher_substeps={self.teacher_substeps} and teacher_coeff={self.teacher_coeff:g} need a "
-                "teacher, and teacher=None: set teacher, or leave them out",
-            ),
-            (
                 has_teacher and self.advantages.takes_component_rewards,
                 f"advantages={describe(self.advantages)} takes the task's component rewards, and the teacher's "
                 "reward is not one of them: use GroupRelative, or leave the teacher out",
@@ -272,7 +253,7 @@ class Recipe(StepSettings):
     @property
     def needs_reference_policy(self) -> bool:
         """Whether a run stores the policy that RL started from, for the KL term or as a teacher."""
-        return bool(self.beta) or self.teacher == REFERENCE
+        return bool(self.beta) or (self.teacher is not None and self.teacher.is_reference)
 
     @property
     def has_separate_rollout_policy(self) -> bool:

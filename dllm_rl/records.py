@@ -315,8 +315,9 @@ def _fit_record(name: str, base: type[Record], kinds: tuple[Any, ...], value: An
         return from_json(base, value, name)
     if (converted := base.convert(value)) is not None:
         return converted
-    known = ", ".join(subclasses(base))
-    raise ValueError(f"{name}={describe(value)} is no {base.__name__}; give one of {known}, or one of your own")
+    known = [*subclasses(base)]
+    remedy = f"{base.__name__}(...)" if known == [base.__name__] else f"one of {', '.join(known)}, or one of your own"
+    raise ValueError(f"{name}={describe(value)} is no {base.__name__}; give {remedy}")
 
 
 def subclasses(base: type[Record]) -> dict[str, type[Record]]:
@@ -352,6 +353,9 @@ def subclass_named(base: type[Record], text: str, name: str) -> type[Record]:
     for record in classes:
         if text in (record.__name__ if record.__name__ in known else "", f"{record.__module__}.{record.__qualname__}"):
             return record
+    if [*known.values()] == [base] and len(classes) == 2:
+        fields = ", ".join(f"{name}.{field}" for field in annotations_of(base))
+        raise ValueError(f"{name}={text!r} is not the class {base.__name__}: set its fields, {fields}")
     # Classes around a function, which text cannot give, are left out.
     kinds = {name: map(typing.get_origin, required_settings(record).values()) for name, record in known.items()}
     names = [name for name, origins in kinds.items() if Callable not in [*origins]] or [*known]

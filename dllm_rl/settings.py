@@ -5,11 +5,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any, ClassVar, Literal
 
-from torch.nn import Module
-
 from dllm_rl.algorithms.optimizers import AdamW, LinearDecay, LRSchedule, Optimizer
 from dllm_rl.callbacks import StopBelow, check_callbacks
-from dllm_rl.groups import GROUPED, Evaluation, Limits, Log, Saves
+from dllm_rl.groups import GROUPED, Evaluation, Limits, Log, Saves, is_loaded_module
 from dllm_rl.models.base import Policy
 from dllm_rl.models.lora_settings import Lora
 from dllm_rl.records import Record, annotations_of, describe, fields_of_group, option, to_json
@@ -23,12 +21,6 @@ def documented(record: type) -> str:
         lines.append(f"{setting.name:22}  {setting.metadata['help']}" + (f" ({bound})" if bound else ""))
         lines += [f"    .{part}" for part in fields_of_group(annotations_of(record)[setting.name])]
     return "\n".join(lines)
-
-
-def is_loaded_module(name: str, model: Any) -> tuple[bool, str]:
-    """Return the conflict of a setting that must be a policy and may be a module that somebody loaded."""
-    is_module = isinstance(model, Module) and not isinstance(model, Policy)
-    return is_module, f"{name} is a loaded module: give make_policy(module, tokenizer)"
 
 
 class Settings(Record):

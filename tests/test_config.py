@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from tiny_recipe import tiny_recipe, with_changes
+from tiny_recipe import SIZES, tiny_recipe, with_changes
 
 from dllm_rl.algorithms import correctors, losses
 from dllm_rl.cli.options import read_methods
 from dllm_rl.config import from_command_line, override
+from dllm_rl.groups import Best, Saves, Teacher
 from dllm_rl.likelihoods.estimators import ELBO, Trajectory
 from dllm_rl.models.lora_settings import Lora
+from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantization.schemes import FakeQuantize, Int4WeightOnly, Int8WeightOnly
 from dllm_rl.samplers.cache import DualCache, PrefixCache
 from dllm_rl.samplers.revise import Remask
@@ -88,6 +90,12 @@ def printed(recipe, words, capsys):
     return capsys.readouterr().out
 
 
+@pytest.mark.parametrize("model", [tiny_masked_lm, tiny_masked_lm(**SIZES)], ids=["function", "policy"])
+def test_what_no_text_can_give_is_kept_beside_its_groups_options(recipe, model):
+    changed = override(recipe.replace(teacher={"model": model}), ["--teacher.coeff", "0.5"])
+    assert changed.teacher.coeff == 0.5 and changed.teacher.model is model
+
+
 def test_scalars_at_every_depth(recipe):
     words = "--num_steps 7 --learning_rate=1e-4 --bf16 --sampler.temperature 0.5 --task.clues 8,9 --micro_batch_size 8"
     words += " --corrector TIS --corrector.cap 3 --loss PPOClip --loss.epsilon 0.1"
@@ -102,6 +110,9 @@ def test_scalars_at_every_depth(recipe):
     ("words", "field", "value"),
     [
         ("--lora Lora --lora.r 4", "lora", Lora(r=4)),
+        ("--lora.r 4", "lora", Lora(r=4)),  # the only class
+        ("--saves.best.metric loss", "saves", Saves(best=Best(metric="loss"))),
+        ("--teacher.coeff 0.5 --teacher.model ./a", "teacher", Teacher(model="./a", coeff=0.5)),
         ("--likelihood.num_segments 2", "likelihood", Trajectory(num_segments=2)),
         (
             "--likelihood recipes.examples.bounds.BlockELBO --likelihood.block_size 4",

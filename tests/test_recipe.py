@@ -15,7 +15,7 @@ from dllm_rl.algorithms import correctors
 from dllm_rl.algorithms.correctors import TIS, NoCorrection
 from dllm_rl.algorithms.losses import CISPO, GSPO, K2, PPOClip, Reinforce, SequenceMean, TokenMean, TrustBand
 from dllm_rl.config import from_command_line
-from dllm_rl.groups import GROUPED, Best, Log, Saves
+from dllm_rl.groups import GROUPED, Best, Log, Saves, Teacher
 from dllm_rl.likelihoods.estimators import OneStep, Trajectory
 from dllm_rl.models.lora_settings import Lora
 from dllm_rl.recipe import Recipe
@@ -157,8 +157,8 @@ def test_masks_of_later_updates_are_scored_if_something_reads_their_log_probs(re
         ("task", "sudoku", "give an object of a class like it"),
         ("push_to_hub", True, "give str"),
         ("resume_from_checkpoint", True, "give str"),
-        ("lora", True, "give one of Lora"),
-        ("lora", "lora_r16", "the nearest is Lora "),
+        ("lora", True, "give Lora(...)"),
+        ("lora", "lora_r16", "is not the class Lora: set its fields, lora.r, "),
     ],
 )
 def test_what_a_field_does_not_hold_is_refused_with_the_remedy(recipe, name, value, remedy):
@@ -170,7 +170,7 @@ def test_what_a_field_does_not_hold_is_refused_with_the_remedy(recipe, name, val
     ("make", "field"),
     [
         (lambda recipe, module: replace(recipe, model=module), "model"),
-        (lambda recipe, module: with_changes(recipe, teacher=module), "teacher"),
+        (lambda recipe, module: with_changes(recipe, teacher={"model": module}), "teacher: model"),
         (lambda recipe, module: SFT(name="a", model=module, dataset=[{"prompt": "1", "completion": "2"}]), "model"),
         (lambda recipe, module: sft(module, [{"prompt": "1", "completion": "2"}] * 4), "model"),
     ],
@@ -247,7 +247,7 @@ def test_a_dictionary_changes_fields_of_a_group_and_leaves_the_others(recipe):
 def test_a_flat_name_is_answered_by_the_path_of_the_setting(recipe, flat, path, capsys):
     value = recipe
     for name in path.split(".")[:-1]:
-        value = getattr(value, name) or Best(metric="reward")
+        value = getattr(value, name) or {"best": Best(metric="reward"), "teacher": Teacher(model="a")}[name]
     assert hasattr(value, path.rpartition(".")[2])
     with pytest.raises(ValueError, match=rf"^not settings of Recipe: {flat} \(it is {re.escape(path)}\)"):
         replace(recipe, **{flat: 3})

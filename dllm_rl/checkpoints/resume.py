@@ -108,7 +108,7 @@ def check_recipe(recipe: Settings, state: TrainingState) -> None:
     if missing := ", ".join(sorted(settings.keys() - before.keys())):
         raise ValueError(f"the checkpoint is of another kind of run, without {missing}; give its folder as model")
     if getattr(recipe, "needs_reference_policy", False) and recipe.lora is None and state.reference is None:
-        needs = "teacher='reference'" if before["beta"] == settings["beta"] else f"beta={settings['beta']:g}"
+        needs = "teacher.model='reference'" if before["beta"] == settings["beta"] else f"beta={settings['beta']:g}"
         raise ValueError(
             f"{needs} needs the model that RL started from, which this run did not store: start a new run with "
             f"{as_written(model='CHECKPOINT')}"

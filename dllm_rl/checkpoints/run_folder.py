@@ -188,8 +188,8 @@ def clear_folder(directory: Path) -> None:
 
 def check_not_deleted(recipe: Settings, directory: Path) -> None:
     """Raise ValueError if overwrite_output_dir would delete what the run reads."""
-    for setting in ("model", "teacher") if recipe.overwrite_output_dir else ():
-        source = getattr(recipe, setting, None)
+    teacher = getattr(getattr(recipe, "teacher", None), "model", None)
+    for setting, source in (("model", recipe.model), ("teacher.model", teacher)) if recipe.overwrite_output_dir else ():
         parents = [*Path(source).resolve().parents, Path(source).resolve()] if isinstance(source, str) else []
         if any((directory / name).resolve() in parents for name in OF_A_RUN):
             raise ValueError(

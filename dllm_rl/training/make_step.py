@@ -13,7 +13,7 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.step.context import StepContext, StepFeature
 from dllm_rl.training.parts.corrector_state import CorrectorState
 from dllm_rl.training.parts.replay import ReplayStore
-from dllm_rl.training.parts.teacher import Teacher
+from dllm_rl.training.parts.teacher import TeacherReward
 
 
 def run_features(recipe: Recipe, teacher: Policy | None = None) -> tuple[StepFeature, ...]:
@@ -24,8 +24,8 @@ def run_features(recipe: Recipe, teacher: Policy | None = None) -> tuple[StepFea
         teacher: The loaded teacher of a distillation. None (default): the recipe has none, or it is not loaded yet.
     """
     features: list[StepFeature] = [CorrectorState()]
-    if teacher is not None:
-        features.append(Teacher(recipe, teacher))
+    if recipe.teacher is not None and teacher is not None:
+        features.append(TeacherReward(recipe, recipe.teacher, teacher))
     if recipe.replay is not None:
         features.append(ReplayStore(recipe.replay, recipe.num_steps))
     return tuple(features)

@@ -31,7 +31,7 @@ from dllm_rl.models.low_bit import is_bitsandbytes
 from dllm_rl.models.rollout_engine import RolloutEngine
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
-from dllm_rl.recipe import REFERENCE, Recipe
+from dllm_rl.recipe import Recipe
 from dllm_rl.tasks.datasets import num_problems_in_training
 from dllm_rl.tasks.user_code import process_restored
 from dllm_rl.training.any_recipe import AnyRecipe
@@ -211,7 +211,8 @@ def check_given_weights(recipe: AnyRecipe, policy: Policy) -> None:
             "not its folder or id: leave base_quantization out, or give the checkpoint as model"
         )
     dtype = str(next(policy.module.parameters()).dtype).removeprefix("torch.")
-    is_of_teacher = isinstance(recipe.teacher, str) and recipe.teacher != REFERENCE
+    teacher = recipe.teacher
+    is_of_teacher = teacher is not None and isinstance(teacher.model, str) and not teacher.is_reference
     if recipe.dtype not in (Recipe.dtype, "auto", dtype) and not is_of_teacher:
         raise ValueError(
             f"dtype={recipe.dtype!r} is for a checkpoint that is loaded, and the weights of this model are in {dtype}: "
@@ -350,10 +351,10 @@ def teacher_policy(recipe: Recipe, policy: Policy, accelerator: Accelerator) -> 
     Raises:
         ValueError: The teacher cannot score this student's completions.
     """
-    if recipe.teacher in (None, REFERENCE):
+    if recipe.teacher is None or recipe.teacher.is_reference:
         return None
-    teacher_settings: dict[str, Any] = {"model": recipe.teacher, "base_quantization": None}
-    if not isinstance(recipe.teacher, str):  # its weights have their dtype
+    teacher_settings: dict[str, Any] = {"model": recipe.teacher.model, "base_quantization": None}
+    if not isinstance(recipe.teacher.model, str):  # its weights have their dtype
         teacher_settings["dtype"] = "auto"
     teacher = build_policy(replace(recipe, **teacher_settings), accelerator.device)
     check_teacher(policy, teacher)
@@ -370,7 +371,9 @@ def digest_of_teacher(
     Raises:
         ValueError: The run that is resumed, whose state is `saved_state`, had another teacher.
     """
-    digest = None if teacher is None else digest_of_policy("teacher", recipe.teacher, teacher, accelerator)
+    digest = None
+    if recipe.teacher is not None and teacher is not None:
+        digest = digest_of_policy("teacher", recipe.teacher.model, teacher, accelerator)
     if (
         saved_state is not None
         and digest != saved_state.teacher

@@ -82,7 +82,7 @@ def rehearse(
                 rollout,
                 seeds[:1].expand(len(seeds)).to(learner.device),
                 sampler=recipe.sampler,
-                teacher_substeps=recipe.teacher_substeps,
+                num_substeps=recipe.teacher.substeps,
                 micro_batch_size=recipe.micro_batch_size,
             )
         compute_gradients(context, rollout)

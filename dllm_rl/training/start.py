@@ -28,7 +28,7 @@ from dllm_rl.models.forward.batch_invariance import prepare_workspace
 from dllm_rl.models.forward.blocks import compile_blocks
 from dllm_rl.monitoring.json_lines import is_continued
 from dllm_rl.monitoring.log import RunLog, check_trackers, start_trackers
-from dllm_rl.recipe import REFERENCE, Recipe
+from dllm_rl.recipe import Recipe
 from dllm_rl.records import describe, describe_json
 from dllm_rl.screen import line_of
 from dllm_rl.step.collect import component_reward_weights, fitting_indices
@@ -143,7 +143,7 @@ def start(recipe: Recipe, pool: WorkerPool | None = None, features: Sequence[Ste
     if recipe.torch_compile:
         compile_blocks(rollout_policy)
     reference = reference_policy(recipe, policy, accelerator, fresh=resume_folder is None)
-    teacher = reference if recipe.teacher == REFERENCE else teacher
+    teacher = reference if recipe.teacher is not None and recipe.teacher.is_reference else teacher
     step = make_step(
         recipe,
         accelerator=accelerator,
@@ -305,6 +305,8 @@ def check_same_recipe(recipe: AnyRecipe, accelerator: Accelerator) -> None:
     values = {name: describe_json(value) for name, value in recipe.settings().items() if name not in OF_A_PROCESS}
     if isinstance(recipe, Recipe):
         values["log.completions_steps"] = str(recipe.log.completions_steps)  # all processes gather the table
+        for name in ("substeps", "coeff"):
+            values[f"teacher.{name}"] = str(getattr(recipe.teacher, name, None))
     values["callbacks"] = ", ".join(type(callback).__name__ for callback in recipe.callbacks)
     for name in ("task", "validation_task", "eval_task"):
         if (task := getattr(recipe, name, None)) is not None:

@@ -8,6 +8,7 @@ import pytest
 from repetitions import slow
 
 from dllm_rl import Lora, grpo, tiny_masked_lm
+from dllm_rl.groups import Teacher
 
 pytestmark = pytest.mark.usefixtures("no_rehearsal")
 
@@ -78,7 +79,7 @@ CHANGES = {
 def test_a_teacher_or_a_base_of_adapters_that_changed_is_refused(tmp_path, of, change):
     """A link to the same files changes nothing."""
     policy().save_pretrained(tmp_path / "folder")
-    model, more = (policy(), {"teacher": str(tmp_path / "folder")})
+    model, more = (policy(), {"teacher": {"model": str(tmp_path / "folder")}})
     if of == "model":
         model, more = str(tmp_path / "folder"), {"lora": Lora(r=2)}
     settings = SETTINGS | more | {"output_dir": str(tmp_path / "run")}
@@ -95,8 +96,8 @@ def test_a_teacher_or_a_base_of_adapters_that_changed_is_refused(tmp_path, of, c
 
 def test_another_teacher_in_memory_is_refused(tmp_path):
     settings = SETTINGS | {"output_dir": str(tmp_path / "run")}
-    grpo(policy(), ROWS, reward, teacher=policy(seed=1), **settings)
+    grpo(policy(), ROWS, reward, teacher=Teacher(model=policy(seed=1)), **settings)
     resumed = settings | {"num_steps": 1, "resume_from_checkpoint": "latest"}
     with pytest.raises(ValueError, match=r"teacher: its weights.*, or resume with allow_changed='teacher'"):
-        grpo(policy(), ROWS, reward, teacher=policy(seed=2), **resumed)
-    grpo(policy(), ROWS, reward, teacher=policy(seed=1), **resumed)
+        grpo(policy(), ROWS, reward, teacher=Teacher(model=policy(seed=2)), **resumed)
+    grpo(policy(), ROWS, reward, teacher=Teacher(model=policy(seed=1)), **resumed)

@@ -44,7 +44,7 @@ FEW_ROWS = ["--sampler.temperature", "0.2", "--num_generations", "2", "--num_mis
 COUPLED = ["--likelihood", "Coupled", "--num_iterations", "2", *STABLE]
 LATE = ["--rollout_workers", "2", "--max_staleness", "1"]
 REPLAY = ["--replay", "Replay", "--replay.min_reward", "1", "--replay.batch_size", "10", "--replay.num_updates", "2"]
-TEACHER = ["--teacher", "reference", "--teacher_substeps", "4", "--teacher_coeff", "0.5"]
+TEACHER = ["--teacher.model", "reference", "--teacher.substeps", "4", "--teacher.coeff", "0.5"]
 
 
 @pytest.mark.slow

@@ -560,7 +560,7 @@ def test_what_no_resume_can_change_is_refused_by_name(begun):
             run(begun, num_steps=1, lr_schedule_steps=1, resume_from_checkpoint="latest", allow_changed=names)
 
 
-@pytest.mark.parametrize("change", [{"beta": 0.1}, {"teacher": "reference"}], ids=str)
+@pytest.mark.parametrize("change", [{"beta": 0.1}, {"teacher": {"model": "reference"}}], ids=str)
 @pytest.mark.repeated(first_only=True)
 def test_a_resume_cannot_compare_with_a_start_that_was_not_stored(begun, change):
     resume = {"num_steps": 1, "lr_schedule_steps": 1, "resume_from_checkpoint": "latest", **change}

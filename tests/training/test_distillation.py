@@ -16,6 +16,7 @@ from tiny_recipe import SIZES, tiny_recipe, tiny_recipe_ar, with_changes
 from dllm_rl import Decoupled, MaxProb, Trajectory, Unmask, tiny_masked_lm, train
 from dllm_rl.decoding.prompts import encode
 from dllm_rl.frontend.grpo import grpo_recipe
+from dllm_rl.groups import Teacher
 from dllm_rl.models.lora_settings import Lora
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.monitoring import health
@@ -26,7 +27,7 @@ from dllm_rl.tasks.datasets import task_from_dataset
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.testing.enumeration import ToyPolicy, contributions, per_outcome
 from dllm_rl.training.late_rollouts.schedule import InProcessPool
-from dllm_rl.training.parts.teacher import Teacher, refine_steps, student_teacher_log_ratio
+from dllm_rl.training.parts.teacher import TeacherReward, refine_steps, student_teacher_log_ratio
 from dllm_rl.training.policies import build_policy, teacher_policy
 
 pytestmark = pytest.mark.usefixtures("no_rehearsal")
@@ -35,12 +36,14 @@ STATE_ONLY = Unmask(max_new_tokens=16, diffusion_steps=3, rank=MaxProb(), temper
 
 
 def scoring(recipe):
-    """The fields of a recipe with which its teacher scores."""
-    return {name: getattr(recipe, name) for name in ("sampler", "teacher_substeps", "micro_batch_size")}
+    """The settings of a recipe with which its teacher scores."""
+    chosen = {name: getattr(recipe, name) for name in ("sampler", "micro_batch_size")}
+    return chosen | {"num_substeps": recipe.teacher.substeps}
 
 
-def taught_recipe(directory, **changes):
-    given = {"sampler": STATE_ONLY, "rollout_quantization": None, "teacher": "reference", "report_to": None}
+def taught_recipe(directory, teaches="reference", substeps=1, coeff=1.0, **changes):
+    given = {"sampler": STATE_ONLY, "rollout_quantization": None, "report_to": None}
+    given["teacher"] = Teacher(model=teaches, substeps=substeps, coeff=coeff)
     given |= {"eval_task": Sudoku(split="test", size=1)}
     return tiny_recipe(directory, **{**given, **changes})
 
@@ -102,7 +105,7 @@ def test_the_teachers_probabilities_add_up_to_one(tmp_path, num_parts, seed):
     tokens, steps = outcomes(student, (2, 2, 1))
     assert len({tuple(row) for row in steps.tolist()}) > 1
     rollout = student.rollout(tokens, unmask_step=steps)
-    recipe = taught_recipe(tmp_path, teacher_substeps=num_parts)
+    recipe = taught_recipe(tmp_path, substeps=num_parts)
     # All completions are of one prompt, with one draw of the order; the rollout's own record is left at 0.
     found = -student_teacher_log_ratio(teacher, rollout, torch.full((32,), seed), **scoring(recipe))
     torch.testing.assert_close(found.exp().sum(), torch.ones((), dtype=torch.float64), rtol=0, atol=1e-6)
@@ -153,7 +156,7 @@ def test_the_rewards_gradient_is_that_of_the_reverse_kl(tmp_path, num_parts):
         directions.append(torch.cat([d.flatten() for d in direction]))
     student.weights = [w.requires_grad_() for w in before]
     own = logps(student, rollout)
-    recipe = taught_recipe(tmp_path, teacher_substeps=num_parts)
+    recipe = taught_recipe(tmp_path, substeps=num_parts)
     reward = -student_teacher_log_ratio(teacher, replace(rollout, logprobs=own.detach()), seeds, **scoring(recipe))
     gradient = torch.einsum("b,btw->w", own.detach().sum(-1).exp() * reward, per_outcome(student, own))
     found = [-(gradient @ direction).item() for direction in directions]
@@ -165,7 +168,7 @@ def test_the_same_model_in_the_same_steps_has_a_kl_of_exactly_zero(tmp_path):
     settings |= {"train_batch_size": 2, "num_generations": 2}
     train(taught_recipe(tmp_path / "same", **settings))
     assert metrics_of(tmp_path / "same")[0]["teacher/reverse_kl"] == 0
-    train(taught_recipe(tmp_path / "refine_steps", **settings, teacher_substeps=8))
+    train(taught_recipe(tmp_path / "refine_steps", **settings, substeps=8))
     assert metrics_of(tmp_path / "refine_steps")[0]["teacher/reverse_kl"] > 1e-4
 
 
@@ -174,15 +177,15 @@ def test_the_same_model_in_the_same_steps_has_a_kl_of_exactly_zero(tmp_path):
 
 def test_the_reward_is_shared_between_task_and_teacher(tmp_path, monkeypatch):
     seen = []
-    add_teacher_reward = Teacher.after_rollout
+    add_teacher_reward = TeacherReward.after_rollout
 
     def watched(self, context, samples, step):
         found = add_teacher_reward(self, context, samples, step)
         seen.append((samples, *found))
         return found
 
-    monkeypatch.setattr(Teacher, "after_rollout", watched)
-    recipe = taught_recipe(tmp_path, teacher=other_model, teacher_substeps=4, teacher_coeff=0.25, num_steps=1)
+    monkeypatch.setattr(TeacherReward, "after_rollout", watched)
+    recipe = taught_recipe(tmp_path, teaches=other_model, substeps=4, coeff=0.25, num_steps=1)
     train(recipe)
     ((before, after, metrics),) = seen
     seeds = torch.randint(2**63 - 1, (4,), generator=generator_for(0, "teacher", 0)).repeat_interleave(4)
@@ -198,7 +201,7 @@ def test_the_reward_is_shared_between_task_and_teacher(tmp_path, monkeypatch):
 def test_equal_rewards_of_the_task_teach_with_a_teacher(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(health, "WINDOW", 2)
     task = task_from_dataset([{"prompt": "1="}] * 4, reward_funcs=[lambda completions, **_: [0.0] * len(completions)])
-    for teacher in (other_model, None):
+    for teacher in (Teacher(model=other_model), None):
         train(taught_recipe(tmp_path / str(teacher), task=task, teacher=teacher, num_steps=2))
         rows = metrics_of(tmp_path / str(teacher))
         assert [row["frac_reward_zero_std"] for row in rows] == [float(teacher is None)] * 2
@@ -210,7 +213,7 @@ def test_a_teacher_is_given_as_a_model_is(tmp_path, kind):
     made = other_model()
     made.save_pretrained(tmp_path / "model")
     given = {"function": other_model, "policy": made, "path": str(tmp_path / "model")}[kind]
-    recipe = taught_recipe(tmp_path / "run", teacher=given)
+    recipe = taught_recipe(tmp_path / "run", teaches=given)
     policy = build_policy(recipe, torch.device("cpu"))
     found = teacher_policy(recipe, policy, Accelerator(cpu=True))
     for name, weight in made.module.state_dict().items():
@@ -223,7 +226,7 @@ def test_a_teacher_is_given_as_a_model_is(tmp_path, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("teacher", few(["reference", other_model], [other_model]))
 def test_a_resumed_run_has_the_same_teacher(tmp_path, teacher):
-    recipe = partial(taught_recipe, teacher=teacher, teacher_substeps=4, sft_warmup_steps=2, train_batch_size=2)
+    recipe = partial(taught_recipe, teaches=teacher, substeps=4, sft_warmup_steps=2, train_batch_size=2)
     whole = train(recipe(tmp_path / "whole", num_steps=2))
     train(recipe(tmp_path / "parts", num_steps=1, lr_schedule_steps=2))
     parts = train(recipe(tmp_path / "parts", num_steps=2, lr_schedule_steps=2, resume_from_checkpoint="latest"))
@@ -234,7 +237,7 @@ def test_a_resumed_run_has_the_same_teacher(tmp_path, teacher):
 
 @pytest.mark.slow
 def test_with_adapters_the_reference_is_the_base(tmp_path):
-    train(taught_recipe(tmp_path, lora=Lora(), zero_mismatch=True, teacher_coeff=0.5, learning_rate=1e-2))
+    train(taught_recipe(tmp_path, lora=Lora(), zero_mismatch=True, coeff=0.5, learning_rate=1e-2))
     first, second = metrics_of(tmp_path)
     assert first["teacher/reverse_kl"] == 0 != second["teacher/reverse_kl"]
     assert not (tmp_path / "reference").exists()
@@ -244,9 +247,9 @@ def test_with_adapters_the_reference_is_the_base(tmp_path):
 def test_an_autoregressive_student_has_a_teacher(tmp_path):
     larger = partial(tiny_llama, causal=True, **SIZES | {"hidden_size": 64})
     given = {"rollout_quantization": None, "report_to": None, "num_steps": 1}
-    train(tiny_recipe_ar(tmp_path / "larger", teacher=larger, **given))
+    train(tiny_recipe_ar(tmp_path / "larger", teacher=Teacher(model=larger), **given))
     assert abs(metrics_of(tmp_path / "larger")[0]["teacher/reverse_kl"]) > 0.01  # of 16 completions: of either sign
-    train(tiny_recipe_ar(tmp_path / "same", teacher="reference", **given))
+    train(tiny_recipe_ar(tmp_path / "same", teacher=Teacher(model="reference"), **given))
     assert metrics_of(tmp_path / "same")[0]["teacher/reverse_kl"] == pytest.approx(0, abs=1e-4)
 
 
@@ -260,10 +263,10 @@ def test_the_order_of_draws_counts_on_both_sides_in_the_same_steps(tmp_path):
 @pytest.mark.slow
 def test_late_rollouts_are_scored_by_the_learners_process(tmp_path):
     """Without staleness the steps of a plain run; q is the record of the weights that sampled."""
-    few_rows = {"teacher_substeps": 4, "train_batch_size": 2, "num_generations": 2}
+    few_rows = {"substeps": 4, "train_batch_size": 2, "num_generations": 2}
     plain = train(taught_recipe(tmp_path / "plain", **few_rows))
     late = train(taught_recipe(tmp_path / "late", **few_rows, rollout_workers=1), InProcessPool())
-    stale = {"teacher_substeps": 1, "rollout_workers": 2, "max_staleness": 1, "learning_rate": 1e-2}
+    stale = {"substeps": 1, "rollout_workers": 2, "max_staleness": 1, "learning_rate": 1e-2}
     train(taught_recipe(tmp_path / "stale", **few_rows | stale), InProcessPool())
     for name, weight in weights_of(plain).items():
         torch.testing.assert_close(weights_of(late)[name], weight, rtol=1e-4, atol=1e-5)
@@ -274,7 +277,7 @@ def test_late_rollouts_are_scored_by_the_learners_process(tmp_path):
 
 def test_micro_batches_change_nothing(tmp_path):
     policy = tiny_masked_lm(**SIZES)
-    recipe = taught_recipe(tmp_path, teacher_substeps=4)
+    recipe = taught_recipe(tmp_path, substeps=4)
     prompts = encode(policy, [recipe.task[i] for i in range(2)], num_generations=3, seeds=range(6))
     rollout = recipe.sampler(policy, prompts, torch.Generator())
     whole, parts = (
@@ -289,13 +292,12 @@ def test_grpo_takes_a_teacher():
     options = {
         "max_new_tokens": 4,
         "sampler_options": {"diffusion_steps": 2},
-        "teacher": "reference",
-        "teacher_substeps": 2,
+        "teacher": {"model": "reference", "substeps": 2},
     }
     recipe = grpo_recipe(
         tiny_masked_lm(characters="abcdef"), rows, lambda completions: [0.0] * len(completions), **options
     )
-    assert (recipe.teacher, recipe.teacher_substeps, recipe.teacher_coeff) == ("reference", 2, 1.0)
+    assert recipe.teacher == Teacher(model="reference", substeps=2, coeff=1.0)
     assert recipe.needs_reference_policy and not recipe.beta
 
 
@@ -303,10 +305,14 @@ def test_grpo_takes_a_teacher():
 
 
 test_settings_that_do_not_go_together = refused(
-    ({"teacher_coeff": -0.1}, r"teacher_coeff=-0\.1 must lie in \(0, 1\]"),
-    ({"teacher_coeff": 1.5}, r"teacher_coeff=1\.5"),
-    ({"teacher_substeps": 0}, "teacher_substeps=0 must be at least 1"),
-    ({"teacher": None, "teacher_substeps": 4}, "teacher_substeps=4 .* teacher=None: set teacher"),
+    ({"coeff": -0.1}, r"coeff=-0\.1 must lie in \(0, 1\]"),
+    ({"coeff": 1.5}, r"coeff=1\.5"),
+    ({"substeps": 0}, "substeps=0 must be at least 1"),
+    ({"teaches": 5}, "model=5 must be a path, a hub id, a policy, or a function"),
+    ({"teaches": None}, "model=None must be a path"),
+    ({"teaches": ""}, "model='' is empty"),
+    ({"teacher": "reference"}, "teacher='reference' is not the class Teacher: set its fields, teacher.model, teacher"),
+    ({"teacher": other_model}, r"teacher=.*other_model is no Teacher; give Teacher\(...\)"),
     ({"advantages": Decoupled()}, r"advantages=Decoupled\(.*\) takes the task's component rewards"),
     ({"max_num_gen_batches": 2}, "max_num_gen_batches=2 redraws groups"),
     by=lambda changes, tmp_path: taught_recipe(tmp_path, **changes),
@@ -318,32 +324,32 @@ test_settings_that_do_not_go_together = refused(
     ("changes", "message"),
     [
         (
-            {"teacher": partial(tiny_llama, causal=True, **SIZES)},
+            {"teaches": partial(tiny_llama, causal=True, **SIZES)},
             r"teacher \(.*\) has causal attention and the student \(.*\) full attention",
         ),
-        ({"teacher": partial(other_model, characters="1234.=x")}, "teacher .* has another vocabulary than"),
-        ({"teacher": partial(other_model, characters="4321.=")}, "teacher .* has another vocabulary than"),
+        ({"teaches": partial(other_model, characters="1234.=x")}, "teacher .* has another vocabulary than"),
+        ({"teaches": partial(other_model, characters="4321.=")}, "teacher .* has another vocabulary than"),
         (
             {"sampler": STATE_ONLY.replace(rank=PlackettLuce(temperature=1.0))},
-            "teacher_substeps=2: the sampler's rank reads",
+            "teacher.substeps=2: the sampler's rank reads",
         ),
         (
             {"sampler": Unmask(max_new_tokens=16, diffusion_steps=3, temperature=1.0, rank=Confidence())},
-            r"teacher_substeps=2: .* rank .*; use teacher_substeps=1, or rank=MaxProb\(\)$",
+            r"teacher.substeps=2: .* rank .*; use teacher.substeps=1, or rank=MaxProb\(\)$",
         ),
         (
             {"sampler": STATE_ONLY.replace(rank=RandomOrder(), commit=Remask(eta=0.3))},
-            "teacher_substeps=2: .* more than once.*; use teacher_substeps=1$",
+            "teacher.substeps=2: .* more than once.*; use teacher.substeps=1$",
         ),
         ({"sampler": STATE_ONLY.replace(top_k=3)}, "teacher with top_k or top_p"),
     ],
 )
 def test_a_run_that_cannot_be_taught_is_refused_before_any_work(tmp_path, rehearsal, changes, message):
     with pytest.raises(ValueError, match=message) as caught:
-        train(taught_recipe(tmp_path / "run", teacher_substeps=2, **changes))
+        train(taught_recipe(tmp_path / "run", substeps=2, **changes))
     assert "\n" not in str(caught.value) and not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_an_autoregressive_students_steps_have_no_parts(tmp_path):
-    with pytest.raises(ValueError, match="teacher_substeps=2: an autoregressive student writes one token per step"):
-        train(tiny_recipe_ar(tmp_path, teacher="reference", teacher_substeps=2))
+    with pytest.raises(ValueError, match=r"teacher\.substeps=2: an autoregressive student writes one token per step"):
+        train(tiny_recipe_ar(tmp_path, teacher=Teacher(model="reference", substeps=2)))

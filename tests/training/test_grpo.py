@@ -324,8 +324,8 @@ def test_a_streamed_data_set_needs_a_bound():
 def test_a_path_may_be_a_path_object(tmp_path):
     folder = tmp_path / "My Model"
     tiny_masked_lm(**SMALL).save_pretrained(folder)
-    recipe = grpo_recipe(folder, ROWS, right, teacher=folder, **options(tmp_path / "run"))
-    assert (recipe.name, recipe.model, recipe.teacher) == ("my model", str(folder), str(folder))
+    recipe = grpo_recipe(folder, ROWS, right, teacher={"model": folder}, **options(tmp_path / "run"))
+    assert (recipe.name, recipe.model, recipe.teacher.model) == ("my model", str(folder), str(folder))
     train(replace(recipe, output_dir=tmp_path / "run"))
     again = replace(
         recipe, output_dir=tmp_path / "run", resume_from_checkpoint=tmp_path / "run/checkpoints/step-000001"

@@ -31,6 +31,7 @@ from dllm_rl.algorithms.losses import Reinforce
 from dllm_rl.callbacks import Callback
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.collectives import make_accelerator
+from dllm_rl.groups import Teacher
 from dllm_rl.integrations import ray_pool
 from dllm_rl.integrations.ray_pool import MAX_ATTEMPTS, RayWorkerPool, check_copies, ray_workers
 from dllm_rl.integrations.serving.engine import HTTPEngine
@@ -500,7 +501,7 @@ def test_damaged_bytes_are_refused(tmp_path):
         ({"rollout_workers": 4, "max_staleness": 2}, "use 3 workers, or max_staleness=3"),
         ({"rollout_workers": 1, "max_staleness": 1, "zero_mismatch": True, "rollout_quantization": None}, "as they do"),
         (
-            {"rollout_workers": 1, "max_staleness": 1, "likelihood": Coupled(), "teacher": "reference"},
+            {"rollout_workers": 1, "max_staleness": 1, "likelihood": Coupled(), "teacher": Teacher(model="reference")},
             "teacher with max_staleness=1 and likelihood='Coupled'",
         ),
         ({"rollout_workers": 1, "rollout_engine": HTTPEngine(), "rollout_quantization": None}, "serves one process"),

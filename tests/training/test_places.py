@@ -92,7 +92,7 @@ def test_a_working_directory_that_was_deleted(tmp_path, monkeypatch):
 
 
 @pytest.mark.repeated(first_only=True)
-@pytest.mark.parametrize("setting", ["model", "teacher"])
+@pytest.mark.parametrize("setting", ["model", "teacher.model"])
 def test_what_a_run_reads_is_not_deleted_by_it(tmp_path, monkeypatch, setting):
     """Also behind a link, and by a relative path."""
     monkeypatch.chdir(tmp_path)
@@ -100,13 +100,13 @@ def test_what_a_run_reads_is_not_deleted_by_it(tmp_path, monkeypatch, setting):
     last = Path(summary["checkpoint"])
     (tmp_path / "link").symlink_to(last)
     for source in (str(last), "link", f"run/checkpoints/{last.name}"):
-        model, more = (source, {}) if setting == "model" else (policy(), {"teacher": source})
+        model, more = (source, {}) if setting == "model" else (policy(), {"teacher": {"model": source}})
         with pytest.raises(
             ValueError, match=rf"{setting}='.*' is of the run in output_dir='.*', which .* would delete"
         ):
             grpo(model, ROWS, reward, output_dir="run", overwrite_output_dir=True, **more, **SETTINGS)
     shutil.copytree(last, tmp_path / "kept")
-    model, more = ("kept", {}) if setting == "model" else (policy(), {"teacher": "kept"})
+    model, more = ("kept", {}) if setting == "model" else (policy(), {"teacher": {"model": "kept"}})
     grpo(model, ROWS, reward, output_dir="run", overwrite_output_dir=True, **more, **SETTINGS)
 
 

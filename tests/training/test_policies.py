@@ -13,6 +13,7 @@ from tiny_recipe import SIZES, tiny_recipe
 from dllm_rl import load_policy, make_policy, manifest, tiny_masked_lm
 from dllm_rl.algorithms.prompt_sources import RewardHistory
 from dllm_rl.checkpoints.state import TrainingState
+from dllm_rl.groups import Teacher
 from dllm_rl.models.lora_settings import Lora
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantization.schemes import Float8Dynamic
@@ -161,7 +162,7 @@ def test_a_given_base_in_few_bits_is_not_copied_to_the_host(tmp_path, quantizati
     train(tiny_recipe(tmp_path / "run", num_steps=1, **settings))
     with pytest.raises(ValueError, match=r"saves\.in_background=True cannot be combined with a base"):
         train(tiny_recipe(tmp_path / "run", async_save=True, resume_from_checkpoint="latest", **settings))
-    taught = tiny_recipe(tmp_path / "taught", teacher=function, async_save=True)
+    taught = tiny_recipe(tmp_path / "taught", teacher=Teacher(model=function), async_save=True)
     check_low_bit(taught, build_policy(taught, CPU))
     assert teacher_policy(taught, build_policy(taught, CPU), Accelerator(cpu=True)) is not None
 
@@ -191,12 +192,12 @@ def test_the_dtype_that_a_given_model_has_or_that_is_its_teachers_is_taken(tmp_p
         assert {p.dtype for p in policy.module.parameters()} == {torch.bfloat16}
     folder = tmp_path / "teacher"
     tiny_masked_lm(**SIZES).save_pretrained(folder)
-    recipe = tiny_recipe(tmp_path, teacher=str(folder), dtype="bfloat16")
+    recipe = tiny_recipe(tmp_path, teacher=Teacher(model=str(folder)), dtype="bfloat16")
     policy = build_policy(recipe, CPU)
     teacher = teacher_policy(recipe, policy, Accelerator(cpu=True))
     assert {p.dtype for p in policy.module.parameters()} == {torch.float32}
     assert teacher is not None and {p.dtype for p in teacher.module.parameters()} == {torch.bfloat16}
-    given = tiny_recipe(tmp_path, model=str(folder), teacher=tiny_masked_lm(**SIZES), dtype="bfloat16")
+    given = tiny_recipe(tmp_path, model=str(folder), teacher=Teacher(model=tiny_masked_lm(**SIZES)), dtype="bfloat16")
     teacher = teacher_policy(given, build_policy(given, CPU), Accelerator(cpu=True))
     assert teacher is not None and {p.dtype for p in teacher.module.parameters()} == {torch.float32}
 

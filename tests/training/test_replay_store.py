@@ -17,6 +17,7 @@ from tiny_recipe import ONE_PUZZLE, SIZES, Wrapped, tiny_recipe, tiny_recipe_ar
 from dllm_rl import Float8WeightOnly, Lora, Replay, tiny_masked_lm, train
 from dllm_rl.algorithms.correctors import TIS, NoCorrection
 from dllm_rl.checkpoints.checkpoint import list_checkpoints
+from dllm_rl.groups import Teacher
 from dllm_rl.likelihoods.estimators import Coupled, Trajectory
 from dllm_rl.rng import generator_for
 from dllm_rl.step import update
@@ -404,7 +405,7 @@ test_settings_that_cannot_be_combined = refused(
     ({"replay": None, "num_iterations": 0}, "num_iterations=0 trains on nothing without replay"),
     ({"num_iterations": 0, "beta": 0.1}, "num_iterations=0 has no policy gradient"),
     ({"num_iterations": 0, "entropy_coeff": 0.1}, "num_iterations=0 has no policy gradient"),
-    ({"teacher": "reference"}, "replay keeps answers by their reward"),
+    ({"teacher": Teacher(model="reference")}, "replay keeps answers by their reward"),
     by=lambda changes, tmp_path: tiny_recipe(tmp_path, **{"replay": Replay(min_reward=1.0), **changes}),
 )
 

@@ -16,7 +16,7 @@ from dllm_rl.models.checkpoint.loading import build_empty, load_config, num_posi
 from dllm_rl.models.checkpoint.tensors import MAX_FILE_SIZE
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.policy import ModulePolicy
-from dllm_rl.recipe import REFERENCE, Recipe
+from dllm_rl.recipe import Recipe
 from dllm_rl.samplers import Autoregress, Renoise, Unmask, sampler_for
 from dllm_rl.tasks.base import check_not_empty
 from dllm_rl.training.cautions import cautions, learning_rate_warnings
@@ -130,7 +130,7 @@ def model_lines(step: PlannedStep) -> list[str]:
     reasons = Counter(reason.split(" ")[0] if reason.startswith("tied") else reason for reason in skipped.values())
     skipped_text = ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or ("none" if layers else "all")
     warnings = [*cautions(recipe), *learning_rate_warnings(recipe.learning_rate, parameters)]
-    weights_too = "" if recipe.teacher == REFERENCE else " and weights"
+    weights_too = "" if recipe.teacher is not None and recipe.teacher.is_reference else " and weights"
     others = "workers" if recipe.rollout_workers else "engine"
     elsewhere = f"{f'rollout {others}':22}not counted: memory and time below are for sampling in the learner's process"
     return [
@@ -203,7 +203,7 @@ def memory_remedies(step: PlannedStep) -> list[str]:
     """
     recipe, sharded, lora = step.recipe, step.shard_size > 1, step.recipe.lora
     is_decoder = step.policy.spec.attention != "encoder_decoder"  # its weights and cache take neither of two settings
-    smaller = "--lora Lora --lora.r 16" if lora is None else f"--lora.r 16 --lora.alpha {16 * lora.alpha / lora.r:g}"
+    smaller = "--lora.r 16" if lora is None else f"--lora.r 16 --lora.alpha {16 * lora.alpha / lora.r:g}"
     can_quantize = is_decoder and isinstance(recipe.model, str) and not sharded and lora is not None
     can_quantize = can_quantize and not any(is_wrong for is_wrong, _ in recipe.low_bit_conflicts(""))
     # Sharding saves nothing with adapters and unquantized rollouts: a sharded learner needs a full copy to sample with.

@@ -1,13 +1,13 @@
 """On-policy distillation: a teacher scores the student's completions, and the teacher's score is their reward, or part
 of it.
 
-    reward = (1 - teacher_coeff) * the task's reward + teacher_coeff * (log p_T(y) - log q(y)), in nats
+    reward = (1 - coeff) * the task's reward + coeff * (log p_T(y) - log q(y)), in nats
 
 q(y) is the probability that the sampler recorded for the completion y. p_T(y) is the probability with which the teacher
-would have written y in the same order, in finer steps: each step of the student is split into up to `teacher_substeps`
-steps, and each of them sees the tokens of the steps before it. Inside a step of the student, the order of the positions
-is drawn once per prompt, for all of its completions. The draw does not depend on the tokens, so that p_T adds up to 1
-over all completions.
+would have written y in the same order, in finer steps: each step of the student is split into up to `substeps` steps,
+and each of them sees the tokens of the steps before it. Inside a step of the student, the order of the positions is
+drawn once per prompt, for all of its completions. The draw does not depend on the tokens, so that p_T adds up to 1 over
+all completions.
 
 The mean of log q - log p_T over the student's completions is KL(q || p_T), the reverse KL of TRL and verl, and
 
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from dllm_rl.algorithms.advantages import has_unequal_rewards
 from dllm_rl.distributed.collectives import gather_on_host
+from dllm_rl.groups import Teacher
 from dllm_rl.likelihoods.estimators import Causal, Trajectory, recorded
 from dllm_rl.likelihoods.masks import ranks
 from dllm_rl.models.base import Policy, position_ids
@@ -44,20 +45,21 @@ from dllm_rl.types.groups import group_numbers
 from dllm_rl.types.rollouts import Rollout
 
 
-class Teacher(StepFeature):
+class TeacherReward(StepFeature):
     """Add the teacher's reward to the task's rewards and recompute the advantages.
 
     The metric teacher/reverse_kl is the mean of log q - log p_T over the completions of all processes, in nats per
-    completion; teacher/coeff is `teacher_coeff`.
+    completion; teacher/coeff is the teacher's `coeff`.
     """
 
-    def __init__(self, recipe: Recipe, policy: Policy) -> None:
+    def __init__(self, recipe: Recipe, teacher: Teacher, policy: Policy) -> None:
         self.recipe = recipe
+        self.teacher = teacher
         self.policy = policy
 
     def after_rollout(self, context: StepContext, samples: Samples, step: int) -> tuple[Samples, dict[str, float]]:
         """Raises FloatingPointError if the teacher's log-probs are NaN."""
-        recipe, accelerator = self.recipe, context.accelerator
+        recipe, teacher, accelerator = self.recipe, self.teacher, context.accelerator
         with context.log.stage("teacher"), context.arithmetic():
             number = group_numbers(samples.group)
             generator = generator_for(recipe.seed, "teacher", step)
@@ -67,13 +69,13 @@ class Teacher(StepFeature):
                 samples.rollout,
                 seeds,
                 sampler=recipe.sampler,
-                teacher_substeps=recipe.teacher_substeps,
+                num_substeps=teacher.substeps,
                 micro_batch_size=recipe.micro_batch_size,
             )
         (reverse_kl,) = gather_on_host([reverse_kl], accelerator, samples.counts)
         if reverse_kl.isnan().any():  # NaN in `rewards` means that a completion has no reward
             raise FloatingPointError(f"the teacher's log-probs of the completions of step {step} are NaN")
-        coeff = recipe.teacher_coeff
+        coeff = teacher.coeff
         task_part = 0 if coeff == 1 else (1 - coeff) * samples.rewards
         rewards = task_part - coeff * reverse_kl.to(samples.rewards)
         advantages = compute_advantages(recipe.advantages, rewards, samples.group, {})
@@ -92,7 +94,7 @@ def student_teacher_log_ratio(
     seeds: Int[Tensor, " B"],
     *,
     sampler: Sampler,
-    teacher_substeps: int,
+    num_substeps: int,
     micro_batch_size: int | None,
 ) -> Float[Tensor, " B"]:
     """Return log q(y) - log p_T(y) of each row, in nats, in fp64.
@@ -102,18 +104,18 @@ def student_teacher_log_ratio(
         rollout: The student's completions.
         seeds: Seed of each row's order, the same in a group.
         sampler: The recipe's sampler, which made the rollout.
-        teacher_substeps: The teacher's steps per step of the student.
+        num_substeps: The teacher's steps per step of the student.
         micro_batch_size: Rows per forward; None: all.
 
     Raises:
         ValueError: The teacher cannot score this rollout (`check_rollout`).
     """
-    check_rollout(sampler, teacher, rollout, teacher_substeps)
+    check_rollout(sampler, teacher, rollout, num_substeps)
     likelihood = Causal() if teacher.spec.attention == "causal" else Trajectory()
     unused_generator = torch.Generator()  # neither estimator is random
     student_logprobs = recorded(rollout, likelihood.draw_views(rollout, unused_generator))
-    if teacher_substeps > 1:
-        rollout = refine_steps(rollout, seeds, num_parts=teacher_substeps)
+    if num_substeps > 1:
+        rollout = refine_steps(rollout, seeds, num_parts=num_substeps)
     views = likelihood.draw_views(rollout, unused_generator)
     teacher_logprobs = likelihood.logprobs(teacher, rollout, views, micro_batch_size=micro_batch_size)
     return (student_logprobs.double() - teacher_logprobs.double()).sum(-1)
@@ -141,14 +143,14 @@ def refine_steps(rollout: Rollout, seeds: Int[Tensor, " B"], *, num_parts: int) 
     return replace(rollout, unmask_step=refined, order=None, first_step=first_step)
 
 
-def check_rollout(sampler: Sampler, teacher: Policy, rollout: Rollout, teacher_substeps: int) -> None:
+def check_rollout(sampler: Sampler, teacher: Policy, rollout: Rollout, num_substeps: int) -> None:
     """Raise ValueError on a rollout that a teacher cannot score."""
     if rollout.sampling_params.filters:
         raise ValueError(
             "teacher with top_k or top_p: a token that the teacher's filter drops has probability 0, and the KL is "
             "infinite; leave top_k and top_p out of the sampler"
         )
-    reason, advice = None, "use teacher_substeps=1"
+    reason, advice = None, "use teacher.substeps=1"
     if teacher.spec.attention == "causal":
         reason = "an autoregressive student writes one token per step, which cannot be split"
     elif rollout.events is not None or rollout.renoised is not None:
@@ -156,5 +158,5 @@ def check_rollout(sampler: Sampler, teacher: Policy, rollout: Rollout, teacher_s
     elif order_depends_on_tokens(sampler):
         reason = "the sampler's rank reads the drawn tokens, so that a finer order would depend on unwritten tokens"
         advice += ", or rank=MaxProb()"
-    if teacher_substeps > 1 and reason:
-        raise ValueError(f"teacher_substeps={teacher_substeps}: {reason}; {advice}")
+    if num_substeps > 1 and reason:
+        raise ValueError(f"teacher.substeps={num_substeps}: {reason}; {advice}")
