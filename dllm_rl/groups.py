@@ -30,6 +30,8 @@ GROUPED = {
     "sft_warmup_metric": "warmup.metric",
     "sft_warmup_target": "warmup.target",
     "sft_warmup_eval_steps": "warmup.eval_steps",
+    "rollout_workers": "late.workers",
+    "max_staleness": "late.max_staleness",
     "teacher_substeps": "teacher.substeps",
     "teacher_coeff": "teacher.coeff",
     "eval_steps": "evaluation.steps",
@@ -94,6 +96,26 @@ class Warmup(Record):
     metric: str = "solve_rate"
     target: float = 1.0
     eval_steps: int = option(default=5, at_least=1)
+
+
+class Late(Record):
+    """Rollouts that Ray actors make while the learner trains, the setting `late`.
+
+    Args:
+        workers: Number of actors, at most one per batch that is made at a time: max_staleness + 1.
+        max_staleness: Steps by which the rollouts' weights are older than the learner's; 0: it waits for its batch.
+    """
+
+    workers: int = option(default=1, at_least=1)
+    max_staleness: int = option(default=1, at_least=0)
+
+    def check(self) -> None:
+        batches = self.max_staleness + 1
+        if self.workers > batches:
+            raise ValueError(
+                f"workers={self.workers} are more than the {batches} batches made at a time with "
+                f"max_staleness={self.max_staleness}: use {batches} workers, or max_staleness={self.workers - 1}"
+            )
 
 
 class Teacher(Record):

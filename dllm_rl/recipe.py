@@ -35,11 +35,6 @@ class Recipe(StepSettings):
     rollout_quantization: Scheme | None = option(
         default=None, help="quantization of the policy that samples, e.g. Float8Dynamic; None: not quantized"
     )
-    rollout_workers: int = option(
-        default=0,
-        help="number of Ray actors that make rollouts while the learner trains; 0: the learner makes them",
-        at_least=0,
-    )
 
     num_steps: int = option(default=180, help="RL steps", at_least=0)
     adam_beta2: float = option(default=0.99, help="the optimizer's beta2", at_least=0, below=1)
@@ -152,7 +147,7 @@ class Recipe(StepSettings):
         return [
             *super().low_bit_conflicts(base),
             (self.saves.in_background, f"saves.in_background=True {no_copy} saves.in_background=False"),
-            (bool(self.rollout_workers), f"rollout_workers={self.rollout_workers} {no_copy} rollout_workers=0"),
+            (self.late is not None, f"late={self.late} {no_copy} late=None"),
             (
                 self.warmup.steps > 0,
                 f"warmup.steps={self.warmup.steps} trains all weights, and {base} freezes them: warm up in a "
@@ -188,50 +183,42 @@ class Recipe(StepSettings):
         ]
 
     def _async_conflicts(self) -> list[tuple[bool, str]]:
-        workers, max_staleness = self.rollout_workers, self.max_staleness
-        staleness = f"max_staleness={max_staleness}"
+        if self.late is None:
+            return []
+        workers, is_late = f"late.workers={self.late.workers}", self.late.max_staleness > 0
+        staleness = f"late.max_staleness={self.late.max_staleness}"
         return [
             (
-                bool(max_staleness) and not workers,
-                f"{staleness} needs workers that run ahead: set rollout_workers to 1 or more",
-            ),
-            (
-                workers > max_staleness + 1,
-                f"rollout_workers={workers} are more than the {max_staleness + 1} batches made at a time with "
-                f"{staleness}: use {max_staleness + 1} workers, or max_staleness={workers - 1}",
-            ),
-            (
-                bool(max_staleness) and self.zero_mismatch,
+                is_late and self.zero_mismatch,
                 f"zero_mismatch=True stops if rollout and learner differ, as they do with {staleness}: leave one out",
             ),
             (
-                bool(max_staleness) and self.teacher is not None and not self.likelihood.exact_for_sampler,
+                is_late and self.teacher is not None and not self.likelihood.exact_for_sampler,
                 f"teacher with {staleness} and likelihood={self.likelihood.name!r}: a worker scores the groups whose "
-                f"rewards differ, and the teacher changes the rewards afterwards: use {EXACT}, or max_staleness=0",
+                f"rewards differ, and the teacher changes the rewards afterwards: use {EXACT}, or late.max_staleness=0",
             ),
             (
-                bool(workers) and self.prompt_source.uses_history,
-                f"rollout_workers={workers} draw prompts before earlier rewards are available, which "
-                f"prompt_source={describe(self.prompt_source)} reads: use UniformPrompts, or rollout_workers=0",
+                self.prompt_source.uses_history,
+                f"{workers} draw prompts before earlier rewards are available, which "
+                f"prompt_source={describe(self.prompt_source)} reads: use UniformPrompts, or late=None",
             ),
             (
-                bool(workers) and self.rollout_engine is not None and self.rollout_engine.is_exclusive,
-                f"rollout_workers={workers} load the rollout_engine a second time, and it serves one process: "
-                "leave one out",
+                self.rollout_engine is not None and self.rollout_engine.is_exclusive,
+                f"{workers} load the rollout_engine a second time, and it serves one process: leave one out",
             ),
             (
-                bool(workers) and getattr(self.task, "graded_once", False),
-                f"rollout_workers={workers} grade with copies of the task and repeat a batch that fails, and an Oracle "
-                "(graded_once) knows no copy's calls: use rollout_workers=0",
+                getattr(self.task, "graded_once", False),
+                f"{workers} grade with copies of the task and repeat a batch that fails, and an Oracle "
+                "(graded_once) knows no copy's calls: use late=None",
             ),
             (
-                bool(workers) and "hidden" in getattr(getattr(self.sampler, "rank", None), "reads", ()),
-                f"rollout_workers={workers} sample with copies of the sampler's rank, which reads hidden: weights of "
-                "its own that training changes do not reach them; use rollout_workers=0",
+                "hidden" in getattr(getattr(self.sampler, "rank", None), "reads", ()),
+                f"{workers} sample with copies of the sampler's rank, which reads hidden: weights of "
+                "its own that training changes do not reach them; use late=None",
             ),
             (
-                bool(workers) and self.torch_compile,
-                f"rollout_workers={workers} with torch_compile=True was not tried: leave one out",
+                self.torch_compile,
+                f"{workers} with torch_compile=True was not tried: leave one out",
             ),
         ]
 

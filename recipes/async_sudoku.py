@@ -11,13 +11,13 @@ sampled, and PPO's clip bounds them from both sides: of what was tried against a
 from dataclasses import replace
 
 from dllm_rl import PPOClip, main
+from dllm_rl.groups import Late
 from recipes.sudoku_tiny import recipe as base
 
 recipe = replace(
     base,
     name="async-sudoku",
-    rollout_workers=1,
-    max_staleness=1,
+    late=Late(workers=1, max_staleness=1),
     old_logprobs="rollout",
     loss=PPOClip(delta=1.2),
 )

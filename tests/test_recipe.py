@@ -15,7 +15,7 @@ from dllm_rl.algorithms import correctors
 from dllm_rl.algorithms.correctors import TIS, NoCorrection
 from dllm_rl.algorithms.losses import CISPO, GSPO, K2, PPOClip, Reinforce, SequenceMean, TokenMean, TrustBand
 from dllm_rl.config import from_command_line
-from dllm_rl.groups import GROUPED, Best, Log, Saves, Teacher
+from dllm_rl.groups import GROUPED, Best, Late, Log, Saves, Teacher
 from dllm_rl.likelihoods.estimators import OneStep, Trajectory
 from dllm_rl.models.lora_settings import Lora
 from dllm_rl.recipe import Recipe
@@ -247,7 +247,7 @@ def test_a_dictionary_changes_fields_of_a_group_and_leaves_the_others(recipe):
 def test_a_flat_name_is_answered_by_the_path_of_the_setting(recipe, flat, path, capsys):
     value = recipe
     for name in path.split(".")[:-1]:
-        value = getattr(value, name) or {"best": Best(metric="reward"), "teacher": Teacher(model="a")}[name]
+        value = getattr(value, name) or {"best": Best(metric="a"), "teacher": Teacher(model="a"), "late": Late()}[name]
     assert hasattr(value, path.rpartition(".")[2])
     with pytest.raises(ValueError, match=rf"^not settings of Recipe: {flat} \(it is {re.escape(path)}\)"):
         replace(recipe, **{flat: 3})

@@ -13,12 +13,13 @@ from dllm_rl.settings import Settings
 # Fields that trade memory for time. A resume may change them, and says that numbers then differ by rounding.
 MEMORY_SETTINGS = ("micro_batch_size", "rollout_batch_size", "gradient_checkpointing", "max_retained_graphs")
 
-# Fields that a resume may change without `allow_changed`: they do not change what is computed, or only extend it.
+# Fields, and fields of groups, that a resume may change without `allow_changed`: they do not change what is computed,
+# or only extend it.
 MAY_CHANGE = {
     *("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "dry_run"),
     *("evaluation", "saves", "log", "limits", "num_mismatch_groups"),
     *("num_steps", "lr_schedule_steps", "max_prompt_length", "shard_size"),
-    *("rollout_workers", "callbacks", "allow_changed"),
+    *("late.workers", "callbacks", "allow_changed"),
     *MEMORY_SETTINGS,
 }
 
@@ -101,6 +102,14 @@ def changes_since(before: dict[str, Any], settings: dict[str, Any], step: int) -
     ]
 
 
+def compared(name: str, stored: Any) -> Any:
+    """Return a setting as `to_json` stored it, without those of its fields that are in MAY_CHANGE."""
+    if not isinstance(stored, dict):
+        return stored
+    kept = {field: value for field, value in stored["init_args"].items() if f"{name}.{field}" not in MAY_CHANGE}
+    return stored | {"init_args": kept}
+
+
 def check_recipe(recipe: Settings, state: TrainingState) -> None:
     """Raise ValueError if a recipe differs from a checkpoint's in a setting that this resume may not change."""
     settings = recipe.settings()
@@ -115,7 +124,7 @@ def check_recipe(recipe: Settings, state: TrainingState) -> None:
         )
     allowed = allowed_changes(settings)
     for name, value in settings.items():
-        if name in MAY_CHANGE | allowed or before[name] == value:
+        if name in MAY_CHANGE | allowed or compared(name, before[name]) == compared(name, value):
             continue
         if without_folders(before[name]) != without_folders(value):  # the code itself is compared below
             allow = "" if name in CANNOT_CHANGE else f", or with {as_written(allow_changed=name)}"

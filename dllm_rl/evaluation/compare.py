@@ -232,7 +232,7 @@ def settings_of(run: StoredRun) -> dict[str, Any]:
     return {
         name: value
         for name, value in _flat(run.recipe)
-        if name.partition(".")[0] not in OF_ONE_RUN or name.startswith("saves.best")
+        if OF_ONE_RUN.isdisjoint((name, name.partition(".")[0])) or name.startswith("saves.best")
     }
 
 

@@ -37,7 +37,7 @@ from dllm_rl.training.trainer import train
 MAX_EXACT_STEPS = 3  # samplers of at most this many denoising steps are scored exactly
 MAX_SEGMENTS = 8  # largest number of segments for samplers of more steps
 # Settings with which no quantized copy samples, or which cannot be compiled.
-NO_FAST_COPY = {"rollout_engine", "rollout_workers", "zero_mismatch"}
+NO_FAST_COPY = {"rollout_engine", "late", "zero_mismatch"}
 TOKENS_PER_STEP = 2  # default for a model with a preset, as in LLaDA's papers
 
 

@@ -228,8 +228,8 @@ def check_copies(settings: Mapping[str, Any]) -> None:
 def refusal(name: str, value: Any, error: BaseException | None) -> str:
     """Return the error for a setting that has no copy."""
     return (
-        f"{name}={without_middle(repr(value), 160)} has no copy for rollout_workers: {error}; make what cannot be "
-        "copied (a lock, a client) where it is first used, or set rollout_workers=0"
+        f"{name}={without_middle(repr(value), 160)} has no copy for workers: {error}; make what cannot be "
+        "copied (a lock, a client) where it is first used, or set late=None"
     )
 
 
@@ -241,11 +241,11 @@ def ray_workers(recipe: Recipe) -> RayWorkerPool | None:
         ValueError: The cluster has too few free processors or GPUs, a setting cannot be copied to the workers, or Ray
             is missing. It is raised before any work.
     """
-    count = recipe.rollout_workers
-    if not count:
+    if recipe.late is None:
         return None
+    count = recipe.late.workers
     if find_spec("ray") is None:
-        raise ValueError(f"rollout_workers={count} needs Ray: pip install -e '.[ray]', or set rollout_workers=0")
+        raise ValueError(f"late.workers={count} needs Ray: pip install -e '.[ray]', or set late=None")
     import ray
 
     check_copies(vars(recipe))
@@ -264,7 +264,7 @@ def ray_workers(recipe: Recipe) -> RayWorkerPool | None:
         free_text = ", ".join(f"{free_resources.get(name, 0):g} {name}" for name in bundle)
         amount = ", ".join(f"{amount} {name}" for name, amount in bundle.items())
         raise ValueError(
-            f"rollout_workers={count} take {amount} each (as many processors as the learner has threads, and a GPU if "
+            f"late.workers={count} take {amount} each (as many processors as the learner has threads, and a GPU if "
             f"the learner has one; they must not be in use by other Ray jobs), and the cluster has {free_text} free: "
             "use fewer workers, fewer threads (OMP_NUM_THREADS), or more machines"
         )
@@ -292,7 +292,7 @@ def start_ray(ray: ModuleType, device: torch.device) -> None:
             ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"rollout_workers: Ray at RAY_ADDRESS={address!r} did not start: {reason}") from None
+        raise ValueError(f"late: Ray at RAY_ADDRESS={address!r} did not start: {reason}") from None
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
         if visible is not None:
@@ -353,6 +353,6 @@ def check_address(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CLUSTER_SECONDS).close()
     except OSError as error:
         raise ValueError(
-            f"rollout_workers: nothing answers at RAY_ADDRESS={address!r} ({error}): start a cluster there (ray start "
+            f"late: nothing answers at RAY_ADDRESS={address!r} ({error}): start a cluster there (ray start "
             "--head), or unset RAY_ADDRESS"
         ) from None

@@ -21,7 +21,7 @@ class RolloutEngine(Record):
 
     @property
     def is_exclusive(self) -> bool:
-        """Whether the engine serves one process of a run, so that `rollout_workers` cannot load it too."""
+        """Whether the engine serves one process of a run, so that workers (`late`) cannot load it too."""
         return False
 
     @property

@@ -70,7 +70,7 @@ def record_from_json(value: Any, tensors: Mapping[str, Tensor], rank: Callable |
         if rank is None:
             raise ValueError(
                 "the rollout's order was drawn by a rank, and the recipe's sampler has no field rank to score it by: "
-                "give the sampler such a field, or use rollout_workers=0"
+                "give the sampler such a field, or use late=None"
             )
         return rank
     return tuple(record_from_json(item, tensors, rank) for item in value["tuple"])

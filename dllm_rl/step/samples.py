@@ -81,7 +81,7 @@ class Samples(Copied):
             if len(counts) > 1:
                 raise ValueError(
                     "Samples.reorder: late rollouts' log-probs do not move between processes; train in one process, or "
-                    "use max_staleness=0 or a likelihood that is exact for the sampler, such as Trajectory()"
+                    "use late.max_staleness=0 or a likelihood that is exact for the sampler, such as Trajectory()"
                 )
             width = rollout.tokens.shape[1]  # padding is on the left
             moved = (values[order.to(values.device)] for values in rollout_logprobs)
@@ -111,7 +111,7 @@ class Samples(Copied):
         if "late" in (self.source, other.source):
             raise ValueError(
                 "Samples.concatenate: late rollouts' log-probs belong to the masks of their own batch; use "
-                "max_staleness=0 or a likelihood that is exact for the sampler, such as Trajectory()"
+                "late.max_staleness=0 or a likelihood that is exact for the sampler, such as Trajectory()"
             )
         counts = (*self.counts, *other.counts)
         number = len(self.counts)

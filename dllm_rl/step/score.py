@@ -63,7 +63,7 @@ def score_samples(context: StepContext, samples: Samples, step: int) -> ScoredSa
         raise ValueError(
             "the update trains on groups whose rollout log-probs their worker did not compute, because a feature or a "
             "changed setting made them count: use a likelihood that is exact for the sampler, such as Trajectory(), or "
-            "max_staleness=0"
+            "late.max_staleness=0"
         )
     if context.balances:
         samples = balance(

@@ -9,6 +9,7 @@ from dllm_rl.algorithms.advantages import Advantages, GroupRelative
 from dllm_rl.algorithms.correctors import Corrector, NoCorrection
 from dllm_rl.algorithms.losses import K3, KL, Loss, LossReduction, PPOClip, TokenMean, policy_loss
 from dllm_rl.algorithms.prompt_sources import PromptSource, UniformPrompts
+from dllm_rl.groups import Late
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.models.rollout_engine import RolloutEngine
 from dllm_rl.records import option
@@ -73,8 +74,8 @@ class StepSettings(Settings):
     rollout_engine: RolloutEngine | None = option(
         default=None, help="external engine that makes the rollouts; None: this process"
     )
-    max_staleness: int = option(
-        default=0, help="steps by which the rollouts' weights are older than the learner's", at_least=0
+    late: Late | None = option(
+        default=None, help="rollouts that workers make while the learner trains; None: the learner makes them"
     )
     num_generations: int = option(default=8, help="completions per prompt (G)", at_least=1)
     rollout_batch_size: int | None = option(default=None, help="completions per sampler call; None: all", at_least=1)
@@ -124,6 +125,11 @@ class StepSettings(Settings):
     shard_size: int = option(
         default=1, help="processes that share the learner's weights (FSDP2); 0: all; 1: no sharding", at_least=0
     )
+
+    @property
+    def max_staleness(self) -> int:
+        """Steps by which the rollouts' weights are older than the learner's."""
+        return 0 if self.late is None else self.late.max_staleness
 
     @property
     def trains_all_groups(self) -> bool:

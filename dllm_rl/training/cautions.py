@@ -153,15 +153,16 @@ def ratio_warnings(recipe: Recipe) -> list[str]:
     if recipe.max_staleness > 1 and not is_bounded and not recipe.corrector.has_weights:
         rollout = as_written(old_logprobs="rollout")
         warnings.append(
-            f"max_staleness={recipe.max_staleness} with old_logprobs={recipe.old_logprobs!r}, and no corrector with "
-            "weights: the loss does not bound how far the learner is from the weights that sampled; use "
+            f"late.max_staleness={recipe.max_staleness} with old_logprobs={recipe.old_logprobs!r}, and no corrector "
+            "with weights: the loss does not bound how far the learner is from the weights that sampled; use "
             f"{f'{rollout} and {bound}' if bound else rollout}"
         )
     if recipe.max_staleness > 1 and not recipe.likelihood.exact_ratios:
-        fewer = as_written(max_staleness=1, **({"rollout_workers": 2} if recipe.rollout_workers > 2 else {}))
+        has_more = recipe.late is not None and recipe.late.workers > 2
+        fewer = as_written(**{"late.max_staleness": 1} | ({"late.workers": 2} if has_more else {}))
         warnings.append(
-            f"max_staleness={recipe.max_staleness} with likelihood={recipe.likelihood.name!r}: no likelihood ratio "
-            f"says how far the learner is from the weights that sampled; use {fewer}, or likelihood={EXACT}"
+            f"late.max_staleness={recipe.max_staleness} with likelihood={recipe.likelihood.name!r}: no likelihood "
+            f"ratio says how far the learner is from the weights that sampled; use {fewer}, or likelihood={EXACT}"
         )
     return warnings
 

@@ -92,7 +92,7 @@ def start(recipe: Recipe, pool: WorkerPool | None = None, features: Sequence[Ste
     if recipe.warmup.steps and not recipe.resume_from_checkpoint:
         check_no_blanks([recipe.task[0]])  # the model may be a function that trains for minutes
     validation_interval(recipe)  # raises ValueError if a metric that is needed would never be measured
-    if not recipe.rollout_workers or os.environ.get("RANK", "0") != "0":
+    if recipe.late is None or os.environ.get("RANK", "0") != "0":
         pool = None  # only the main process talks to the workers
     elif pool is None:
         pool = resolve_name(RAY_WORKERS)(recipe)  # the workers import torch while this process builds the model
@@ -171,7 +171,7 @@ def start(recipe: Recipe, pool: WorkerPool | None = None, features: Sequence[Ste
         progress=log.view("training", recipe.num_steps, completed=state.logged_steps),
         checkpoint=str(resume_folder or ""),
     )
-    if recipe.rollout_workers:
+    if recipe.late is not None:
         run.async_rollouts = AsyncRollouts(recipe, step, pool)
         run.async_rollouts.begin(state.step, resume_folder)
 
@@ -203,15 +203,14 @@ def check_features(features: Sequence[StepFeature], recipe: Recipe) -> None:
             and not (recipe.likelihood.exact_for_sampler or recipe.trains_all_groups)
         ):
             raise ValueError(
-                f"features: {name} gives tokens advantages in every group, and with max_staleness="
-                f"{recipe.max_staleness} and likelihood={recipe.likelihood.name!r} workers score only groups whose "
-                f"rewards differ: use {EXACT}, or max_staleness=0"
+                f"features: {name} gives tokens advantages in every group, and with "
+                f"late.max_staleness={recipe.max_staleness} and likelihood={recipe.likelihood.name!r} workers score "
+                f"only groups whose rewards differ: use {EXACT}, or late.max_staleness=0"
             )
-        if recipe.rollout_workers and feature.max_staleness:
+        if recipe.late is not None and feature.max_staleness:
             raise ValueError(
                 f"features: {name} adds rows of earlier steps (max_staleness={feature.max_staleness}), and those of "
-                f"workers (rollout_workers={recipe.rollout_workers}) are late, too: use rollout_workers=0, or leave it "
-                "out"
+                f"workers (late.workers={recipe.late.workers}) are late, too: use late=None, or leave it out"
             )
 
 

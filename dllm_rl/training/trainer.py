@@ -42,7 +42,7 @@ def train(recipe: Recipe, pool: WorkerPool | None = None, features: Sequence[Ste
 
     Args:
         recipe: Settings of the run.
-        pool: Workers that make the rollouts if the recipe sets `rollout_workers`. None (default): Ray workers.
+        pool: Workers that make the rollouts if the recipe sets `late`. None (default): Ray workers.
         features: Parts of a step that no setting of a recipe has; see `StepFeature`. Default: none.
 
     Returns:

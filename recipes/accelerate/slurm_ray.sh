@@ -1,6 +1,6 @@
 #!/bin/bash
 # Late rollouts on several nodes of SLURM, one learner and Ray workers. Not tried on a cluster.
-#   sbatch --nodes=1 recipes/accelerate/slurm_ray.sh RECIPE.py --rollout_workers 2 --max_staleness 1 $CLIP $PLAIN
+#   sbatch --nodes=1 recipes/accelerate/slurm_ray.sh RECIPE.py --late.workers 2 --late.max_staleness 1 $CLIP $PLAIN
 # A node of eight GPUs has seven for workers. N workers need a lag of at least N - 1, and of N to be busy while the learner
 # learns. A lag costs something from 2 on (recipes/studies/late/README.md); lags above 8 were not studied. Against it:
 #   CLIP='--old_logprobs rollout --loss PPOClip --loss.delta 1.2'

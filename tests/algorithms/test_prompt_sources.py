@@ -121,7 +121,7 @@ def test_a_source_of_ones_own_and_what_it_may_not_return():
             prompt_indices(replace(recipe, prompt_source=source), history, 0)
     refuses("prompt_source", lambda: tiny_recipe("x", prompt_source="in_order"))
     refuses("equal_weight", lambda: MixedRewardPrompts(equal_weight=0.0))
-    with pytest.raises(ValueError, match=r"rollout_workers=1.*prompt_source"):
+    with pytest.raises(ValueError, match=r"late.workers=1.*prompt_source"):
         tiny_recipe("x", prompt_source=MixedRewardPrompts(), rollout_workers=1)
 
 

@@ -19,7 +19,7 @@ from run_outputs import metrics_of
 
 from dllm_rl import grpo, grpo_recipe, make_policy, sft, tiny_masked_lm, train
 from dllm_rl.callbacks import RunControl
-from dllm_rl.groups import Limits
+from dllm_rl.groups import Late, Limits
 from dllm_rl.integrations.oracle import Oracle
 from dllm_rl.tasks import task_from_dataset
 
@@ -453,12 +453,12 @@ def test_what_is_no_oracle_is_refused(arguments, message):
 
 def test_a_run_that_could_not_count_its_calls_is_refused(tmp_path, monkeypatch):
     refuses("a run takes one Oracle", lambda: design(tmp_path, [Oracle(Counted()), Oracle(Counted())]))
-    with pytest.raises(ValueError, match=r"rollout_workers=2 grade with copies .* use rollout_workers=0"):
-        design(tmp_path, Oracle(Counted()), rollout_workers=2, max_staleness=1)
-    with pytest.raises(ValueError, match="rollout_workers=1 grade with copies"):  # as on a recipe's command line
+    with pytest.raises(ValueError, match=r"late\.workers=2 grade with copies .* use late=None"):
+        design(tmp_path, Oracle(Counted()), late=Late(workers=2))
+    with pytest.raises(ValueError, match="workers=1 grade with copies"):  # as on a recipe's command line
         grpo_recipe(
             tiny_masked_lm(characters="ab"), [{"prompt": "a"}] * 9, Oracle(Counted()), max_new_tokens=2
-        ).replace(rollout_workers=1, max_staleness=1)
+        ).replace(late=Late())
     monkeypatch.setenv("WORLD_SIZE", "2")
     refuses("start the run without a launcher", lambda: Oracle(Counted())(completions=["A"]))
 

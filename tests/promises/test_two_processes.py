@@ -42,7 +42,7 @@ def launch(directory, *launcher, recipe="sudoku_unique", more=()):
 
 FEW_ROWS = ["--sampler.temperature", "0.2", "--num_generations", "2", "--num_mismatch_groups", "1"]
 COUPLED = ["--likelihood", "Coupled", "--num_iterations", "2", *STABLE]
-LATE = ["--rollout_workers", "2", "--max_staleness", "1"]
+LATE = ["--late.workers", "2", "--late.max_staleness", "1"]
 REPLAY = ["--replay", "Replay", "--replay.min_reward", "1", "--replay.batch_size", "10", "--replay.num_updates", "2"]
 TEACHER = ["--teacher.model", "reference", "--teacher.substeps", "4", "--teacher.coeff", "0.5"]
 

@@ -192,7 +192,7 @@ def test_several_updates_of_a_loss_without_any_bound():
 def test_late_rollouts_whose_lag_nothing_bounds():
     late = tiny_recipe("x", rollout_workers=1, max_staleness=2, corrector=NoCorrection())
     (said,) = cautions(late)
-    assert said.startswith("max_staleness=2 with old_logprobs='recompute'")
+    assert said.startswith("late.max_staleness=2 with old_logprobs='recompute'")
     assert said.endswith("use old_logprobs='rollout' and loss=PPOClip(delta=1.2)")
     (said,) = cautions(replace(late, old_logprobs="rollout", loss=PPOClip(epsilon_high=0.28)))
     assert said.endswith("use old_logprobs='rollout' and delta=1.28 in loss")
@@ -205,7 +205,7 @@ def test_late_rollouts_whose_lag_nothing_bounds():
         {"max_staleness": 0},
         {"max_staleness": 1},
     ):
-        assert cautions(replace(late, **changes)) == []
+        assert cautions(with_changes(late, **changes)) == []
 
 
 @pytest.mark.parametrize("likelihood", [OneStep(), ELBO(), Trajectory(num_segments=2)])
@@ -219,12 +219,12 @@ def test_late_rollouts_whose_likelihood_gives_no_ratio(likelihood):
         loss=PPOClip(delta=1.2),
         likelihood=likelihood,
     )
-    (said,) = (line for line in cautions(late) if line.startswith("max_staleness=2"))
-    assert f" with likelihood={likelihood.name!r}: " in said and "use max_staleness=1, or" in said
+    (said,) = (line for line in cautions(late) if line.startswith("late.max_staleness=2"))
+    assert f" with likelihood={likelihood.name!r}: " in said and "use late.max_staleness=1, or" in said
     assert not any("max_staleness" in line for line in cautions(with_changes(late, max_staleness=1)))
     several = with_changes(late, rollout_workers=3)
-    (said,) = (line for line in cautions(several) if line.startswith("max_staleness=2"))
-    assert "use max_staleness=1, rollout_workers=2, or" in said  # three workers need a lag of two
+    (said,) = (line for line in cautions(several) if line.startswith("late.max_staleness=2"))
+    assert "use late.max_staleness=1, late.workers=2, or" in said  # three workers need a lag of two
 
 
 def gspo_of_a_row(log_ratio, advantages, mask):

@@ -16,7 +16,7 @@ from tiny_recipe import SIZES, tiny_recipe, tiny_recipe_ar, with_changes
 from dllm_rl import Decoupled, MaxProb, Trajectory, Unmask, tiny_masked_lm, train
 from dllm_rl.decoding.prompts import encode
 from dllm_rl.frontend.grpo import grpo_recipe
-from dllm_rl.groups import Teacher
+from dllm_rl.groups import Late, Teacher
 from dllm_rl.models.lora_settings import Lora
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.monitoring import health
@@ -265,7 +265,7 @@ def test_late_rollouts_are_scored_by_the_learners_process(tmp_path):
     """Without staleness the steps of a plain run; q is the record of the weights that sampled."""
     few_rows = {"substeps": 4, "train_batch_size": 2, "num_generations": 2}
     plain = train(taught_recipe(tmp_path / "plain", **few_rows))
-    late = train(taught_recipe(tmp_path / "late", **few_rows, rollout_workers=1), InProcessPool())
+    late = train(taught_recipe(tmp_path / "late", **few_rows, late=Late(max_staleness=0)), InProcessPool())
     stale = {"substeps": 1, "rollout_workers": 2, "max_staleness": 1, "learning_rate": 1e-2}
     train(taught_recipe(tmp_path / "stale", **few_rows | stale), InProcessPool())
     for name, weight in weights_of(plain).items():

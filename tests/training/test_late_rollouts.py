@@ -31,7 +31,7 @@ from dllm_rl.algorithms.losses import Reinforce
 from dllm_rl.callbacks import Callback
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.collectives import make_accelerator
-from dllm_rl.groups import Teacher
+from dllm_rl.groups import GROUPED, Teacher
 from dllm_rl.integrations import ray_pool
 from dllm_rl.integrations.ray_pool import MAX_ATTEMPTS, RayWorkerPool, check_copies, ray_workers
 from dllm_rl.integrations.serving.engine import HTTPEngine
@@ -290,7 +290,8 @@ def test_batches_of_a_checkpoint_that_do_not_fit_are_made_again(changes, tmp_pat
     asked = {"num_steps": 4, "lr_schedule_steps": 4}
     recipe = late_recipe(tmp_path, late=2, workers=2, likelihood=OneStep(), callbacks=[StopAfterTwo()], **asked)
     train(recipe, InProcessPool())
-    resumed = {"callbacks": [], "allow_changed": ",".join(changes), "resume_from_checkpoint": "latest"}
+    allowed = ",".join(GROUPED.get(name, name).partition(".")[0] for name in changes)
+    resumed = {"callbacks": [], "allow_changed": allowed, "resume_from_checkpoint": "latest"}
     train(with_changes(recipe, **resumed, **changes), InProcessPool())
     rows = metrics_of(tmp_path)
     assert len(rows) == 4
@@ -496,17 +497,16 @@ def test_damaged_bytes_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"max_staleness": 1}, "max_staleness=1 needs workers"),
-        ({"rollout_workers": 2}, "rollout_workers=2 are more than the 1 batches"),
+        ({"rollout_workers": 2, "max_staleness": 0}, "late: workers=2 are more than the 1 batches"),
         ({"rollout_workers": 4, "max_staleness": 2}, "use 3 workers, or max_staleness=3"),
         ({"rollout_workers": 1, "max_staleness": 1, "zero_mismatch": True, "rollout_quantization": None}, "as they do"),
         (
             {"rollout_workers": 1, "max_staleness": 1, "likelihood": Coupled(), "teacher": Teacher(model="reference")},
-            "teacher with max_staleness=1 and likelihood='Coupled'",
+            "teacher with late.max_staleness=1 and likelihood='Coupled'",
         ),
         ({"rollout_workers": 1, "rollout_engine": HTTPEngine(), "rollout_quantization": None}, "serves one process"),
         ({"rollout_workers": 1, "torch_compile": True}, "torch_compile=True was not tried"),
-        ({"rollout_workers": -1}, "rollout_workers=-1"),
+        ({"rollout_workers": 0}, "late: workers=0 must be at least 1"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(changes, said, tmp_path):
@@ -517,7 +517,7 @@ def test_bad_input_is_refused_in_one_line(changes, said, tmp_path):
 
 def test_a_missing_ray_is_refused(tmp_path, monkeypatch):
     recipe = late_recipe(tmp_path)
-    assert ray_workers(with_changes(recipe, rollout_workers=0, max_staleness=0)) is None
+    assert ray_workers(with_changes(recipe, late=None)) is None
     monkeypatch.setattr(ray_pool, "find_spec", lambda name: None)
     refuses(r"needs Ray: pip install -e '.\[ray\]'", lambda: train(recipe))
     assert not tmp_path.exists() or not any(tmp_path.iterdir())
@@ -597,7 +597,7 @@ def test_what_has_no_copy_for_workers_is_refused_in_a_line_before_ray_starts(
     recipe = late_recipe(tmp_path)
     for name, value in changes().items():
         object.__setattr__(recipe, name, value)  # without the checks of a recipe, which are not of this test
-    with pytest.raises(ValueError, match="has no copy for rollout_workers: cannot pickle") as error:
+    with pytest.raises(ValueError, match="has no copy for workers: cannot pickle") as error:
         ray_workers(recipe)
     assert named in str(error.value) and cause in str(error.value) and len(str(error.value)) < 380
     assert "\n" not in str(error.value)
@@ -778,7 +778,7 @@ def test_an_error_in_a_worker_is_the_learners(ray, tmp_path):
 
 @pytest.mark.slow
 def test_a_cluster_without_room_is_refused(ray, tmp_path):
-    with pytest.raises(ValueError, match=r"rollout_workers=999 take 1 CPU each .* free: use fewer workers") as error:
+    with pytest.raises(ValueError, match=r"late.workers=999 take 1 CPU each .* free: use fewer workers") as error:
         train(late_recipe(tmp_path, workers=999, late=998))
     assert "\n" not in str(error.value) and not of_ray()
 
@@ -899,10 +899,10 @@ def test_workers_of_a_rank_with_weights_of_its_own_are_refused(tmp_path):
 
     sampler = Unmask(max_new_tokens=16, rank=PlackettLuce(temperature=1.0, base_rank=Learned()))
     with pytest.raises(
-        ValueError, match="rollout_workers=1 sample with copies of the sampler's rank, which reads hidden"
+        ValueError, match=r"late\.workers=1 sample with copies of the sampler's rank, which reads hidden"
     ):
         late_recipe(tmp_path, sampler=sampler)
-    assert late_recipe(tmp_path, sampler=sampler, workers=0, late=0).sampler == sampler
+    assert tiny_recipe(tmp_path, sampler=sampler).sampler == sampler
 
 
 def test_the_parts_of_the_mismatch_have_the_signs_of_the_whole():

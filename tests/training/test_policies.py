@@ -150,7 +150,7 @@ def test_a_given_base_in_few_bits_is_not_copied_to_the_host(tmp_path, quantizati
         "saves.in_background=True cannot be combined with a base in bitsandbytes' 4 or 8 bits, .*; use saves.in_b": {
             "async_save": True
         },
-        "rollout_workers=1 cannot be combined with a base in .*; use rollout_workers=0": {"rollout_workers": 1},
+        r"late=Late\(.*\) cannot be combined with a base in .*; use late=None": {"rollout_workers": 1},
         "warmup.steps=2 trains all weights, and a base in .* freezes them": {"sft_warmup_steps": 2},
     }
     for said, changes in refused.items():

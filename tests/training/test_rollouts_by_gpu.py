@@ -9,6 +9,7 @@ from tiny_recipe import tiny_recipe
 from dllm_rl import Unmask, grpo_recipe, train
 from dllm_rl.checkpoints.resume import check_recipe, contents_of
 from dllm_rl.checkpoints.state import TrainingState
+from dllm_rl.groups import Late
 from dllm_rl.quantization.schemes import Float8ByGPU, Float8Dynamic
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers.cache import DualCache
@@ -87,7 +88,7 @@ def test_a_resume_never_changes_the_format_unasked(monkeypatch, began, goes_on):
 @pytest.mark.parametrize(
     "given",
     [
-        {"rollout_workers": 1},
+        {"late": Late()},
         {"rollout_quantization": None},
         {"preset": "d1"},
         {"preset": "none"},

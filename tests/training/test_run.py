@@ -18,6 +18,7 @@ from tiny_recipe import ONE_PUZZLE, SIZES, Wrapped, tiny_recipe
 from dllm_rl import tiny_masked_lm
 from dllm_rl.checkpoints import checkpoint
 from dllm_rl.checkpoints.state import TrainingState
+from dllm_rl.groups import Late
 from dllm_rl.models.lora_settings import Lora
 from dllm_rl.monitoring import plots
 from dllm_rl.monitoring.log import RunLog
@@ -156,8 +157,8 @@ def test_an_error_and_a_signal_wait_for_what_is_being_written(tmp_path, monkeypa
 def test_weights_without_a_copy_on_the_host_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"saves\.in_background=True cannot be combined with base_quantization='nf4'"):
         small(tmp_path, async_save=True, base_quantization="nf4", lora=Lora())
-    with pytest.raises(ValueError, match="rollout_workers=1 cannot be combined with base_quantization='int8', whose"):
-        small(tmp_path, rollout_workers=1, base_quantization="int8", lora=Lora())
+    with pytest.raises(ValueError, match=r"late=Late\(.*\) cannot be combined with base_quantization='int8', whose"):
+        small(tmp_path, late=Late(), base_quantization="int8", lora=Lora())
     with pytest.raises(ValueError, match=r"warmup\.steps=2 trains all weights, and base_quantization='nf4' freezes"):
         small(tmp_path, sft_warmup_steps=2, base_quantization="nf4", lora=Lora())
 

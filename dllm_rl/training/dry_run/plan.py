@@ -131,7 +131,7 @@ def model_lines(step: PlannedStep) -> list[str]:
     skipped_text = ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or ("none" if layers else "all")
     warnings = [*cautions(recipe), *learning_rate_warnings(recipe.learning_rate, parameters)]
     weights_too = "" if recipe.teacher is not None and recipe.teacher.is_reference else " and weights"
-    others = "workers" if recipe.rollout_workers else "engine"
+    others = "workers" if recipe.late is not None else "engine"
     elsewhere = f"{f'rollout {others}':22}not counted: memory and time below are for sampling in the learner's process"
     return [
         f"{recipe.name}: {recipe.model if isinstance(recipe.model, str) else policy.spec.name} "
@@ -141,7 +141,7 @@ def model_lines(step: PlannedStep) -> list[str]:
         f"quantized layers      {layers} with {weights:,} weights; skipped: {skipped_text}",
         f"corrector             {recipe.corrector}",
         *([f"teacher               not counted: its forwards{weights_too}"] if recipe.teacher is not None else []),
-        *([elsewhere] if recipe.rollout_workers or recipe.rollout_engine is not None else []),
+        *([elsewhere] if recipe.late is not None or recipe.rollout_engine is not None else []),
         *(f"warning: {caution}" for caution in warnings),
     ]
 

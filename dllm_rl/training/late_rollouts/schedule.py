@@ -112,7 +112,7 @@ def is_of_recipe(samples: Samples, recipe: Recipe, folder: Path) -> bool:
 
 @runtime_checkable
 class WorkerPool(Protocol):
-    """Interface of the workers that make the batches of `rollout_workers`.
+    """Interface of the workers that make the batches of `late`.
 
     Implement it for workers other than Ray's and pass it to `train(recipe, pool=...)`. Each job has the number of its
     batch, which is the step that trains on it.

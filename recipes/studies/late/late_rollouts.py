@@ -36,6 +36,7 @@ from typing import Any
 
 from dllm_rl import AIS, TBPO, TIS, IcePop, NoCorrection, PPOClip
 from dllm_rl.files import read_json, write_json
+from dllm_rl.groups import Late
 from dllm_rl.monitoring.plots import read_metrics
 from dllm_rl.training.late_rollouts.schedule import InProcessPool
 from recipes.studies.controls import Permuted
@@ -80,7 +81,7 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
 
 
 def arm(lag: int, correction: str) -> dict[str, Any]:
-    late = {"rollout_workers": 1, "max_staleness": lag} if lag else {}
+    late = {"late": Late(workers=1, max_staleness=lag)} if lag else {}
     return late | CORRECTIONS[correction]
 
 

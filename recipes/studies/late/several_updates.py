@@ -24,12 +24,13 @@ from typing import Any
 
 from dllm_rl import TBPO, NoCorrection, PPOClip, QaRL
 from dllm_rl.files import read_json
+from dllm_rl.groups import Late
 from recipes.studies.late import late_rollouts
 from recipes.studies.paired import Contrast, Study, by_arm, contrast_values, counted, markdown, paired, verdict_rows
 
 STORED = Path(__file__).with_suffix(".json")  # the tuning, the rates, and every run
 WIDE = {"eps_high": 0.04, "neg_low": 0.03, "neg_high": 0.07}
-LATE = {"rollout_workers": 1, "max_staleness": 1}
+LATE = {"late": Late(workers=1, max_staleness=1)}
 ARMS: dict[str, dict[str, Any]] = {
     "none": LATE | {"corrector": NoCorrection()},
     "dual clip": LATE | {"corrector": NoCorrection(), "old_logprobs": "rollout", "loss": PPOClip(delta=1.2)},
