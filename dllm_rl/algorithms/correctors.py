@@ -581,7 +581,8 @@ class TBPO(Corrector):
 class Aligned(Corrector):
     """Align the learner's forward: it computes with the rollout's quantized operands.
 
-    Use it to remove the mismatch instead of correcting it. It has no importance weights; `Compose` can add them.
+    Use it if you want the quantized model itself to become better: it gives the gradient of that model, not that of the
+    full-precision model. It has no importance weights; `Compose` can add them.
     """
 
     align_forward = True

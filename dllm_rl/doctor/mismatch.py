@@ -36,15 +36,16 @@ ADVICE = {
     "precision": "give both sides one dtype for weights, rotary tables and logits",
     "head precision": "compute logits in fp32 on both sides (float32_head=True)",
     "quantized weights": "if unquantized rollouts learn more, keep more bits, or correct (TIS, exact likelihood)",
-    "quantized activations": "if unquantized rollouts learn more, quantize weights alone, or correct (TIS)",
+    "quantized activations": "if unquantized rollouts learn more, quantize weights alone, "
+    "or correct (TIS, exact likelihood)",
     "stale weights": "call sync_weights after every update",
     "cache or sampler": "refresh the cache more often, or treat it as off-policy with a corrector",
     "padding": "the model attends to padding or counts it in positions: pass the attention mask on",
     "batch shape": "kernels depend on the batch's shape: set zero_mismatch=True, or accept it as noise",
 }
 ORDER_ADVICE = (
-    "no weight corrects it (recipes/studies/quantized/README.md): roll out in an order that does not depend on the "
-    "weights (rank=RandomOrder()), or keep more bits"
+    "weights of tokens do not correct it, and it was not seen to cost reward (recipes/studies/quantized/README.md); to "
+    "correct INT4 rollouts by weights, compare an order that does not depend on the weights (rank=RandomOrder())"
 )
 NUM_LAYERS = 5  # in a report
 PADDING = 3  # columns that are added on the left to measure the effect of padding

@@ -162,8 +162,8 @@ def judge_schemes(
         advice.append(f"rollouts of {' and '.join(low)} differ much from the model's own: {instead}")
         if four_bits := [name for name in low if name in FOUR_BITS]:
             advice.append(
-                f"if you need {' or '.join(four_bits)}, correct its rollouts by these options of the training command, "
-                f"which is slow for many denoising steps: {CORRECTION[attention]} (docs/mismatch.md)"
+                f"if you need {' or '.join(four_bits)}, compare no correction with these options of the training "
+                f"command, which are slow for many denoising steps: {CORRECTION[attention]} (docs/mismatch.md)"
             )
         if eight_bits := [name for name in low if name not in FOUR_BITS]:
             advice.append(

@@ -381,7 +381,7 @@ def test_a_plan_warns_as_the_run_would():
     recipe = job_8b()
     assert "warning" not in plan(recipe)
     warned = [line for line in plan(replace(recipe, corrector=TIS())).splitlines() if line.startswith("warning: ")]
-    assert len(warned) == 1 and "likelihood='OneStep' gives no likelihood ratios" in warned[0]
+    assert len(warned) == 1 and "likelihood='OneStep' estimates the ratios" in warned[0]
 
 
 @pytest.mark.usefixtures("one_layer")
