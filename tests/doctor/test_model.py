@@ -240,9 +240,8 @@ def test_verdicts_on_schemes_by_hand():
     assert finding.verdict == "look"
     assert finding.line == "as the model: Float8WeightOnly; low ESS: Int8Dynamic, Int4WeightOnly"
     assert "take Float8WeightOnly, or sample unquantized" in finding.advice
-    assert (
-        "if you need Int4WeightOnly, correct" in finding.advice and "if you need Int8Dynamic, train" in finding.advice
-    )
+    assert "if you need Int4WeightOnly, compare" in finding.advice
+    assert "if you need Int8Dynamic, train" in finding.advice
     causal = judge_schemes({"NVFP4": {"verdict": "look"}}, {}, (), "causal")
     assert "RandomOrder" not in causal.advice and "--corrector TIS" in causal.advice
     assert judge_schemes({"Float8WeightOnly": {"verdict": "wrong"}}, {}, (), "full").verdict == "wrong"
