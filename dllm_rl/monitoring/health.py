@@ -13,6 +13,7 @@ BACKWARDS = 0.005  # a larger C (see `health`), averaged over tokens, is not noi
 SIGNS = {"positive": "A>0", "negative": "A<0"}
 WINDOW = 20  # steps over which `learning_problems` looks
 FEW_MIXED, SOME_MIXED = 0.1, 0.3  # shares of mixed groups below which a run does not learn, and learns slowly [ours]
+SOME_TAKEN = 0.5  # share of updates that are taken, below which a run learns slowly [ours]
 ALL_CUT = 0.95  # share of cut completions from which they may be the cause [ours]
 CLEAR = 3.0  # standard errors by which a reward must have risen [ours]
 EQUAL_GROUPS = ("frac_reward_zero_std", "dynamic_sampling/frac_reward_zero_std")  # as drawn first, and in the end
@@ -99,7 +100,8 @@ def learning_problems(rows: Sequence[Mapping[str, float]]) -> list[Problem]:
     recent = rows[-WINDOW:]
     if len(recent) < WINDOW:
         return []
-    problems = [problem for problem in (equal_rewards(rows), no_gradient(recent), cut_completions(rows)) if problem]
+    found = (equal_rewards(rows), no_gradient(recent), skipped_updates(recent), cut_completions(rows))
+    problems = [problem for problem in found if problem]
     return sorted(problems, key=lambda problem: problem.state == "learning slowly")
 
 
@@ -153,6 +155,17 @@ def no_gradient(recent: Sequence[Mapping[str, float]]) -> Problem | None:
         seen += " with mixed groups"
     remedy = "see clip_ratio/region_mean and trained/rollout_rs_masked_fraction, and whether the loss reads its inputs"
     return Problem("zero gradient", "not learning", f"{seen}: {remedy}")
+
+
+def skipped_updates(recent: Sequence[Mapping[str, float]]) -> Problem | None:
+    """Return the problem that features of the run skip most of the updates that have a gradient."""
+    able = [row for row in recent if row.get("grad_norm")]
+    total = sum(max(1, sum(name.startswith("grad_norm/iteration_") for name in row)) for row in able)
+    skipped = round(sum(row.get("skipped_updates", 0) for row in able))
+    if 2 * len(able) < WINDOW or (taken := 1 - skipped / total) >= SOME_TAKEN:
+        return None
+    text = f"{skipped} of the last {total} updates with a gradient were skipped: see what before_update compares"
+    return Problem("skipped updates", "learning slowly" if taken >= FEW_MIXED else "not learning", text)
 
 
 def cut_completions(rows: Sequence[Mapping[str, float]]) -> Problem | None:

@@ -92,6 +92,15 @@ PROBLEMS = {  # what is said of a run at its last step
         ["learning slowly: cut completions"],
     ),
     "no gradient where groups are mixed": (series(grad_norm=0.0), ["not learning: zero gradient"]),
+    "every update is skipped": (series(skipped_updates=1.0), ["not learning: skipped updates"]),
+    "six of seven updates are skipped": (
+        series(skipped_updates=lambda step: float(step % 7 > 0)),
+        ["learning slowly: skipped updates"],
+    ),
+    "of three updates a step two are skipped": (
+        series(skipped_updates=2.0, **{f"grad_norm/iteration_{i}": 1.0 for i in range(3)}),
+        ["learning slowly: skipped updates"],
+    ),
     "no gradient in SFT": ([{"loss": 1.0, "grad_norm": 0.0}] * 40, ["not learning: zero gradient"]),
 }
 FINE = {
@@ -102,6 +111,15 @@ FINE = {
     ),
     "a prompt a step, half of them mixed": series(
         frac_reward_zero_std=lambda step: float(step % 2), grad_norm=lambda step: float(not step % 2)
+    ),
+    "an outlier of three is skipped": series(skipped_updates=lambda step: float(step % 3 == 0)),
+    "of three updates a step one is skipped": series(
+        skipped_updates=1.0, **{f"grad_norm/iteration_{i}": 1.0 for i in range(3)}
+    ),
+    "updates without a gradient are skipped": series(
+        frac_reward_zero_std=lambda step: float(step % 2),
+        skipped_updates=lambda step: float(step % 2),
+        grad_norm=lambda step: float(not step % 2),
     ),
     "rewards that are ranks in the group": series(reward=0.5),
     "replayed answers": series(**NO_MIX, **{"replay/updates": 2.0}),
