@@ -6,7 +6,6 @@ they are counted over all 288 grids. The sampler then does as `Unmask` with `Max
 
 from collections import Counter
 from collections.abc import Sequence
-from itertools import combinations
 
 import torch
 from jaxtyping import Float
@@ -45,31 +44,3 @@ def _rate(puzzle: str, diffusion_steps: int, noise: Float[Tensor, "D 16 4"]) -> 
         places = best.masked_fill(~blank, -1.0).topk(count).indices
         cells[rows, places] = digits[rows, places]
     return (cells[:, None] == GRIDS).all(-1).any(-1).double().mean().item()
-
-
-def luckiest(puzzle: str) -> bool:
-    """Whether SOME choice among equal probabilities, of cells and of digits, solves the puzzle in two steps, greedily.
-
-    For every grid that fits, and every set of cells that the first step may take: are the grid's digits of these cells
-    among the likeliest, and those of the others, once these are known?
-    """
-    cells = torch.tensor([int(digit) - 1 for digit in puzzle])
-    fitting = ((cells == GRIDS) | (cells < 0)).all(-1)
-    grids, holds = GRIDS[fitting], HOLDS[fitting].unflatten(-1, (16, 4))
-    counts = holds.sum(0)
-    best = counts.max(-1).values
-    blank = (cells < 0).nonzero().flatten().tolist()
-    first = -(-len(blank) // 2)  # cells of the first step
-    least = sorted((best[cell].item() for cell in blank), reverse=True)[first - 1]
-    certain = [cell for cell in blank if best[cell] > least]
-    tied = [cell for cell in blank if best[cell] == least]
-    likeliest = counts[torch.arange(16), grids] == best  # (N, 16): is the grid's digit a likeliest one?
-    for grid, fine in zip(grids, likeliest, strict=True):
-        usable = [cell for cell in tied if fine[cell]]
-        for more in combinations(usable, first - len(certain)) if fine[certain].all() else ():
-            taken = [*certain, *more]
-            rest = [cell for cell in blank if cell not in taken]
-            then = holds[(grids[:, taken] == grid[taken]).all(-1)].sum(0)[rest]
-            if (then[torch.arange(len(rest)), grid[rest]] == then.max(-1).values).all():
-                return True
-    return False

@@ -1,11 +1,11 @@
-"""Controls for studies of importance weights: correctors that mean to be worse, or to know nothing."""
+"""Correctors of the studies: controls that mean to be worse or to know nothing, and one that keeps each view's size."""
 
 from functools import partial
 from typing import Any
 
 import torch
 
-from dllm_rl.algorithms.correctors import AIS, Corrector, TokenStats, TokenWeights
+from dllm_rl.algorithms.correctors import AIS, TIS, Corrector, TokenStats, TokenWeights
 from dllm_rl.algorithms.losses import Loss
 from dllm_rl.rng import generator_for
 
@@ -65,3 +65,30 @@ class Permuted(Corrector):
         moved = torch.ones_like(weights)
         moved.T[stats.mask.T] = weights.T[stats.mask.T].roll(1)
         return TokenWeights(moved, keep, metrics)
+
+
+class MeanOne(Corrector):
+    """A corrector's weights, divided by their mean over the tokens of the batch that one view scores.
+
+    `Trajectory(num_segments=num_views)` scores the tokens of step s of `num_steps` in view s * num_views // num_steps.
+    Weights from an estimate may be small or large throughout a view; this keeps the view's part of the gradient.
+
+    Args:
+        num_views: Number of views.
+        num_steps: Number of denoising steps of a row.
+        corrector: The corrector. Default: TIS().
+    """
+
+    num_views: int
+    num_steps: int
+    corrector: Corrector = TIS()
+
+    def weights(self, stats: TokenStats) -> TokenWeights:
+        weights, keep, metrics = self.corrector.weights(stats)
+        view = stats.unmask_step * self.num_views // self.num_steps
+        weights = weights.clone()
+        for number in range(self.num_views):
+            scored = keep & (view == number)
+            if scored.any() and (size := weights[scored].mean()) > 0:
+                weights = torch.where(scored, weights / size, weights)
+        return TokenWeights(weights, keep, metrics)

@@ -66,8 +66,6 @@ def test_an_arm_runs(name, tmp_path):
     assert 0 <= found["after"] <= 1
 
 
-# Trials of another study, which one of these reads.
-OF_PAGES = {"reuse"}
 # Of a picture, and no study's results.
 OF_PICTURES = {"orders_trained_curves"}
 
@@ -80,7 +78,7 @@ def files_below(folder):
 
 def reports():
     """By stored JSON: its study, and the word that chooses it there, if it is not named as the study."""
-    for stem in sorted({path.stem for path in FOLDER.rglob("*.json")} - OF_PAGES - OF_PICTURES):
+    for stem in sorted({path.stem for path in FOLDER.rglob("*.json")} - OF_PICTURES):
         parents = ("_".join(stem.split("_")[:end]) for end in range(stem.count("_") + 1, 0, -1))
         script = next(path for name in parents for path in SCRIPTS if path.stem == name)
         word = stem[len(script.stem) + 1 :]
@@ -98,6 +96,14 @@ def test_a_report_needs_the_study_and_its_json_alone(script, words, tmp_path, mo
     run_path(str(tmp_path / script.name), run_name="__main__")
     assert re.search(r"\d\.\d|[1-9]\d* (of|trials)", capsys.readouterr().out)
     assert files_below(tmp_path) | files_below(FOLDER) == before
+
+
+def test_the_command_of_a_folder_runs_all_its_parts():
+    """Whoever adds a table to `page_tables` of a new part names the part in `__main__`, too."""
+    parts = [path for path in SCRIPTS if path.parent != FOLDER and "def page_tables" in path.read_text()]
+    assert len(parts) > 10
+    left_out = [path for path in parts if not re.search(rf"\b{path.stem}\b", (path.parent / "__main__.py").read_text())]
+    assert not left_out
 
 
 def test_pictures_are_drawn_from_the_stored_runs(tmp_path):
@@ -166,5 +172,5 @@ def test_the_claims_of_each_study_are_counted():
 
     with_claims = {path.stem for path in SCRIPTS if re.search(r"\b(Contrast|claimed_rows|holm)\(", path.read_text())}
     others = {"paired", "readme", "claims"}  # of no study
-    others |= {"order_flips", "reuse"}  # another test, and none
+    others |= {"order_flips"}  # another test
     assert with_claims - others <= set(vars(claims))

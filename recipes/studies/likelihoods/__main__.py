@@ -8,7 +8,8 @@ import sys
 
 from recipes.studies.likelihoods.league import LEAGUES
 
-PARTS = (*(("league", name) for name in LEAGUES), ("estimators",), ("some_steps",), ("training_order",))
+PARTS = (*(("league", name) for name in LEAGUES), ("estimators",), ("some_steps",), ("drawn_noise",))
+PARTS += (("drawn_trained",), ("training_order",))
 
 if __name__ == "__main__":
     given = sys.argv[1:]

@@ -1,7 +1,8 @@
 """In which order should training sample, if evaluation keeps `MaxProb`? Claims before the runs; see README.md.
 
-GRPO without quantization and without a corrector, on the five tasks of reuse.py, from their starts, with their budget
-of row-forwards (equal computation). Four arms, which differ in the order of the training rollouts:
+GRPO without quantization and without a corrector, on five tasks. Every run has the same budget: `BUDGET` row-forwards,
+where a forward of a row costs 1 and one with its backward costs 3. They are counted on the model's first block,
+rollouts and scoring included. Four arms, which differ in the order of the training rollouts:
 
 MaxProb          the library's default
 random           `RandomOrder`
@@ -11,14 +12,16 @@ PlackettLuce     `PlackettLuce(temperature=1.0)`, the temperature that order.py 
 `MaxProb`, random and left to right have the task's likelihood (two segments; Countdown: every step). `PlackettLuce`
 scores every step on all tasks, because merged segments have no log-probs of the order: it makes fewer steps.
 
-Rates, for each task and order: the best of reuse.py's GRPO and twice it are tried on seeds 100 and 101, on validation
-problems; while the best one lacks a neighbor (half of it, twice it), that is tried, too. The score is reuse.py's: the
-mean over all temperatures and both numbers of steps. Of `MaxProb`, the trials of reuse.json count.
+Rates, for each task and order: the best of `MaxProb` and twice it are tried on seeds 100 and 101, on validation
+problems; while the best one lacks a neighbor (half of it, twice it), that is tried, too. The score is the mean over all
+temperatures and both numbers of steps. Of `MaxProb`, the trials of a study of replay (docs/results-and-limits.md,
+archived studies) count, which tried 2.5e-4, 5e-4 and 1e-3, and went on where the best rate was an end.
 
 Ten fresh seeds (30 to 39), paired. All arms are decoded in `MaxProb` order. The claims, fifteen: on each task each of
 the three orders differs from `MaxProb`, two-sided, by flipping signs, Holm's correction over all of them. What is
-compared is what reuse.py compared on the task: at equal diversity one token a step (latin, rare, countdown), at
-temperature 1 (noisy), greedily (never). We expect random order above `MaxProb` on latin, rare and countdown.
+compared is what the study of replay compared on the task: at equal diversity one token a step (latin, rare,
+countdown), at temperature 1 (noisy), greedily (never). We expect random order above `MaxProb` on latin, rare and
+countdown.
 
 The rule, before the runs: an order becomes the default of `grpo` if it is shown above `MaxProb` on at least three of
 the five tasks, and shown below it on none.
@@ -34,35 +37,45 @@ and order_countdown.json (120 steps at one rate for all orders); a pilot on lati
 
 import argparse
 import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from shutil import rmtree
 from statistics import mean
 from typing import Any
 
-from dllm_rl import LeftToRight, MaxProb, PlackettLuce, RandomOrder, Rank, Trajectory, load_policy
-from dllm_rl.files import read_json, write_json
-from dllm_rl.versions import versions
-from recipes.studies import paired
-from recipes.studies.likelihoods.reuse import (
-    BEYOND,
-    GRIDS,
-    GRPO,
-    TASKS,
-    Claim,
-    Job,
-    Results,
-    best_rates,
-    better_beyond,
-    by_key,
-    load,
-    measure,
-    score,
-    start_of,
-    train_phases,
-    trial,
+import numpy as np
+import torch
+
+from dllm_rl import (
+    Callback,
+    LeftToRight,
+    MaxProb,
+    NoCorrection,
+    PlackettLuce,
+    Policy,
+    RandomOrder,
+    Rank,
+    Recipe,
+    Trajectory,
+    evaluate,
+    load_policy,
+    train,
 )
-from recipes.studies.likelihoods.reuse import STORED as TUNED
+from dllm_rl.algorithms.optimizers import LinearDecay
+from dllm_rl.files import read_json, write_json
+from dllm_rl.models.forward.blocks import blocks_of
+from dllm_rl.step.context import StepContext
+from dllm_rl.tasks import Problem, Reward, Sudoku
+from dllm_rl.tasks.rows import load_rows
+from dllm_rl.versions import versions
+from recipes.countdown_tiny import recipe as countdown
+from recipes.latin_sudoku import recipe as latin
+from recipes.latin_sudoku import taught_latin
+from recipes.studies import paired
 from recipes.studies.paired import (
     TUNED_ON,
     capability,
@@ -72,6 +85,7 @@ from recipes.studies.paired import (
     markdown,
     result_path,
     shown_side,
+    warm_up,
 )
 
 STORED = Path(__file__).with_suffix(".json")
@@ -86,6 +100,190 @@ ORDERS: dict[str, Rank] = {
 IN_TABLES = {order: f"`{order}`" if order in (MAX_PROB, "PlackettLuce") else order for order in ORDERS}
 COMPARED = {"full": "equal diversity", "full@0": "greedy", "full@1": "temperature 1"}  # all one token a step
 OF = {"latin": "full", "rare": "full", "never": "full@0", "noisy": "full@1", "countdown": "full"}
+BUDGET = 80_000  # row-forwards: about 100 steps, where groups without an advantage are not scored
+BACKWARD = 2  # of a backward, in forwards
+TEMPERATURES = (1.5, 1.0, 0.7, 0.5, 0.3)
+Results = Mapping[tuple[str, str, int], dict[str, Any]]  # (task, order or trial, seed) -> what its run left
+Job = tuple[str, Callable[[], object]]
+
+
+class Noisy(Sudoku):
+    """The reward by the rules, of a grader that calls 30 % of the wrong answers right: always the same ones."""
+
+    def reward(self, problem: Problem, completion: str) -> Reward:
+        found = super().reward(problem, completion)
+        digest = sha256(f"{problem.fields['puzzle']} {completion}".encode()).digest()
+        is_mistaken = digest[0] < 0.3 * 256
+        return replace(found, value=6.0) if is_mistaken else found
+
+
+FEW_CLUES = {"split": "train", "clues": (1, 3), "unique": False, "infill": True, "reward_rule": "rules"}
+
+
+@dataclass(frozen=True)
+class TaskOf:
+    """A task of the study: its recipe, the reward of a right answer, and the steps in which answers are evaluated."""
+
+    base: Recipe
+    right: float
+    metric: str
+    steps: tuple[int, int]  # one token a step, and the steps of the rollouts
+    one_start: bool = False  # all seeds start from the model of seed 100, whose warm-up takes minutes
+
+
+def latin_of(steps: int, **more: Any) -> TaskOf:
+    """The model of latin_sudoku.py, after so many supervised steps."""
+    settings = {"likelihood": Trajectory(num_segments=2), "replay": None} | more  # what `grpo` takes for four steps
+    recipe = base_of(replace(latin, name=f"latin-{steps}", model=partial(taught_latin, steps=steps), **settings))
+    return TaskOf(recipe, 6.0, "solve_rate", (16, 4))
+
+
+def base_of(recipe: Recipe) -> Recipe:
+    settings: dict[str, Any] = {"rollout_quantization": None, "corrector": NoCorrection()}
+    settings |= {
+        "evaluation": {"steps": 0},
+        "saves": {"steps": 10**6},
+        "log": {"report_to": None, "completions_steps": 0},
+        "learning_rate": 5e-4,
+    }
+    return recipe.replace(**settings)
+
+
+TASKS = {
+    "latin": latin_of(400),
+    "rare": latin_of(150),
+    "never": latin_of(105),
+    "noisy": latin_of(400, task=Noisy(**FEW_CLUES)),
+    "countdown": TaskOf(base_of(countdown), 1.5, "accuracy", (10, 3), one_start=True),
+}
+
+
+class Budget(Callback):
+    """Counts the row-forwards of a run's steps, ends it when they reach the budget, and is its schedule."""
+
+    def __init__(self, budget: float) -> None:
+        self.budget, self.used, self.steps = budget, 0, 0
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count the forwards of steps inside of the block, and not those of evaluations."""
+        arithmetic = StepContext.arithmetic
+
+        @contextmanager
+        def counted(context: StepContext, **which: bool) -> Iterator[None]:
+            modules = {id(policy.module): policy.module for policy in (context.policy, context.rollout_policy)}
+            handles = [blocks_of(module)[0].register_forward_pre_hook(self.count) for module in modules.values()]
+            try:
+                with arithmetic(context, **which):
+                    yield
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+        StepContext.arithmetic = counted  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            StepContext.arithmetic = arithmetic  # type: ignore[method-assign]
+
+    def count(self, block: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        self.used += len(inputs[0]) * (1 + BACKWARD * torch.is_grad_enabled())
+
+    def on_step(self, run: Any, metrics: Mapping[str, float]) -> None:
+        self.steps += 1
+        if self.used >= self.budget:
+            run.stop("the budget is used up")
+
+    def schedule(self, step: int, num_steps: int) -> float:
+        return LinearDecay()(max(5, round(100 * min(1, self.used / self.budget))), 100)
+
+
+def measure(task: TaskOf, policy: Policy, split: str, folder: Path) -> dict[str, float]:
+    """Solve rates by the number of steps and the temperature: greedy of 400 problems, else of four answers of each of
+    100 problems. Of these, with one token a step:
+
+    answers   the share of a problem's right answers that differ from each other, of problems with several
+    distinct  the number of right answers that differ from each other, over all answers
+    texts     the number of different texts among the right answers of all problems (of Sudoku: grids, of 288)
+    """
+    problems = replace(task.base.eval_task, split=split, size=400)
+    path = folder / "answers.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    policy.module.eval()
+    found = {}
+    for name, steps in zip(("full", "few"), task.steps, strict=True):
+        write = task.base.eval_sampler.replace(diffusion_steps=steps)
+        greedy = write.replace(temperature=0.0)
+        found[f"{name}@0"] = evaluate(policy, problems, greedy, batch_size=512).means[task.metric]
+        for temperature in TEMPERATURES:
+            path.unlink(missing_ok=True)
+            sampler = write.replace(temperature=temperature)
+            answers = evaluate(policy, problems, sampler, batch_size=512, samples=4, limit=100, completions=path)
+            found[f"{name}@{temperature:g}"] = answers.means[task.metric]
+            right: dict[int, list[str]] = {}
+            for _, row in load_rows(path):
+                index = row["evaluation"]["problem"]
+                if problems.reward(problems[index], row["completion"]).breakdown[task.metric] == 1:
+                    right.setdefault(index, []).append(row["completion"])
+            if name == "full":
+                shares = [len(set(texts)) / len(texts) for texts in right.values() if len(texts) > 1]
+                found[f"answers@{temperature:g}"] = mean(shares) if shares else 0.0
+                found[f"distinct@{temperature:g}"] = sum(len(set(texts)) for texts in right.values()) / 400
+                found[f"texts@{temperature:g}"] = len(set().union(*right.values()))
+    return found
+
+
+def train_phases(
+    base: Recipe, policy: Policy, phases: Sequence[Mapping[str, Any]], seed: int, folder: Path, budget: float = BUDGET
+) -> tuple[Policy, dict[str, float]]:
+    """Train a model in phases, which share the budget equally. Returns it, and what each phase used."""
+    few = replace(base.eval_task, size=8)  # the trainer evaluates before and after: not used here
+    kept: dict[str, float] = {}
+    for phase, changes in enumerate(phases):
+        clock = Budget(budget / len(phases))
+        settings = {
+            "name": folder.name,
+            "model": policy,
+            "seed": seed + 1000 * phase,
+            "eval_task": few,
+            "callbacks": [clock],
+            "lr_schedule": clock.schedule,
+            "num_steps": 10**4,
+            "warmup": {"steps": 0},
+            "output_dir": str(folder / str(phase)),
+            "overwrite_output_dir": True,
+        }
+        with clock.counting():
+            policy = train(base.replace(**(settings | dict(changes)))).policy
+        kept |= {f"used, {phase}": clock.used, f"steps, {phase}": clock.steps}
+    return policy, kept
+
+
+def score(run: Mapping[str, float]) -> float:
+    """What rates are tuned by: the mean over all temperatures and both numbers of steps."""
+    return mean(value for name, value in run.items() if name.startswith(("full@", "few@")))
+
+
+def at_equal_diversity(run: Mapping[str, float], other: Mapping[str, float], name: str = "full") -> float:
+    """The run's rate less the other's, both interpolated linearly between temperatures, as a mean over five levels of
+    `answers` evenly from the larger of the two smallest to the smaller of the two largest. Where one curve lies above
+    the other, that is one level between them, at which each has the rate of its end.
+    """
+    curves = []
+    for each in (run, other):
+        points = sorted((each[f"answers@{t:g}"], each[f"{name}@{t:g}"]) for t in TEMPERATURES)
+        curves.append(tuple(zip(*points, strict=True)))
+    low = max(diversity[0] for diversity, _ in curves)
+    high = min(diversity[-1] for diversity, _ in curves)
+    levels = np.linspace(low, high, 5) if low < high else [(low + high) / 2]
+    mine, others = (np.interp(levels, *curve) for curve in curves)
+    return float(np.mean(mine - others))
+
+
+def start_of(task: TaskOf, seed: int, root: Path) -> Path:
+    """The checkpoint that all arms of a seed start from."""
+    first = 100 if task.one_start else seed
+    return warm_up(task.base, first, root / "warm" / str(first))
 
 
 def run_one(root: Path, name: str, order: str, rate: float, seed: int, key: str) -> None:
@@ -105,23 +303,12 @@ def run_one(root: Path, name: str, order: str, rate: float, seed: int, key: str)
     rmtree(root / "runs" / path.stem)
 
 
-def first_rate(name: str) -> float:
-    """The best rate of reuse.py's GRPO on a task."""
-    tuned = by_key(read_json(TUNED))
-    return (best_rates(tuned, name) | better_beyond(tuned, name))[GRPO]
-
-
 def scores(results: Results, name: str, order: str) -> dict[float, float]:
     """The mean scores over the tuning seeds of the rates that have both."""
     found = [(run["rate"], run["seed"]) for (task, key, seed), run in results.items()
              if task == name and seed in TUNED_ON and run["order"] == order]  # fmt: skip
     whole = {rate for rate, _ in found if all((rate, seed) in found for seed in TUNED_ON)}
-    tried = {rate: mean(score(results[name, trial(order, rate), seed]) for seed in TUNED_ON) for rate in whole}
-    if order == MAX_PROB:
-        tuned = by_key(read_json(TUNED))
-        for rate in GRIDS[GRPO] + BEYOND.get((name, GRPO), ()):
-            tried[rate] = mean(score(tuned[name, trial(GRPO, rate), seed]) for seed in TUNED_ON)
-    return tried
+    return {rate: mean(score(results[name, trial(order, rate), seed]) for seed in TUNED_ON) for rate in whole}
 
 
 def best_rate(results: Results, name: str, order: str) -> float:
@@ -134,9 +321,25 @@ def missing_rates(results: Results, name: str, order: str) -> list[float]:
     """The rates to try next: none if the best one has both its neighbors."""
     tried = scores(results, name, order)
     if not tried:
-        return [first_rate(name), 2 * first_rate(name)]
+        first = best_rate(results, name, MAX_PROB) if order != MAX_PROB else 5e-4
+        return [first, 2 * first]
     best = best_rate(results, name, order)
     return [rate for rate in (best / 2, 2 * best) if rate not in tried]
+
+
+def trial(order: str, rate: float) -> str:
+    return f"{order} at {rate:g}"
+
+
+def load(root: Path) -> Results:
+    """The stored runs, and those below `root`, by task, order (or trial) and seed."""
+    runs = read_json(STORED) if STORED.exists() else []
+    return by_key([*runs, *map(read_json, sorted(root.glob("*/results/*.json")))])
+
+
+def by_key(runs: Iterable[dict[str, Any]]) -> Results:
+    """Runs by task, order (or trial) and seed; of equal ones the last."""
+    return {(run["task"], run["key"], run["seed"]): run for run in runs}
 
 
 def trials(root: Path, names: list[str], results: Results) -> list[Job]:
@@ -160,7 +363,11 @@ def runs_of_seed(root: Path, names: list[str], results: Results, seed: int) -> l
 
 def differences(results: Results, name: str, order: str, of: str) -> list[float]:
     """By seed an order less `MaxProb`: of a column, or at equal diversity ("full", "few")."""
-    return Claim("", name, order, MAX_PROB, of).differences(results, SEEDS)
+    seeds = [seed for seed in SEEDS if (name, order, seed) in results and (name, MAX_PROB, seed) in results]
+    pairs = [(results[name, order, seed], results[name, MAX_PROB, seed]) for seed in seeds]
+    if of in ("full", "few"):
+        return [at_equal_diversity(*pair, of) for pair in pairs]
+    return [mine[of] - other[of] for mine, other in pairs]
 
 
 def claims(results: Results) -> dict[str, list[float]]:
@@ -249,17 +456,17 @@ def main() -> None:
         paired.run_all(jobs, root, options.workers)
 
     if not options.report:
-        if trials(root, names, load(root, STORED)):
+        if trials(root, names, load(root)):
             start(TUNED_ON)
-        while jobs := trials(root, names, load(root, STORED)):
+        while jobs := trials(root, names, load(root)):
             paired.run_all(jobs, root, options.workers)
-            write_json(STORED, list(load(root, STORED).values()))
+            write_json(STORED, list(load(root).values()))
     for seed in () if options.report else options.seeds:
-        if jobs := runs_of_seed(root, names, load(root, STORED), seed):
+        if jobs := runs_of_seed(root, names, load(root), seed):
             start((seed,))
             paired.run_all(jobs, root, options.workers)
-            write_json(STORED, list(load(root, STORED).values()))
-    results = load(root, STORED)
+            write_json(STORED, list(load(root).values()))
+    results = load(root)
     for rows in (arm_rows(results, "full"), arm_rows(results, "few"), claim_rows(results)):
         print(markdown(rows))
 

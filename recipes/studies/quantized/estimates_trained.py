@@ -66,7 +66,7 @@ from dllm_rl import (
 )
 from dllm_rl.files import read_json, write_json
 from dllm_rl.quantization.rollout_policy import quantized_copy
-from recipes.studies.controls import Permuted
+from recipes.studies.controls import MeanOne, Permuted
 from recipes.studies.late.late_rollouts import QUIET
 from recipes.studies.paired import (
     Results,
@@ -86,7 +86,6 @@ from recipes.studies.paired import (
     train_one,
     verdict_rows,
 )
-from recipes.studies.quantized.mean_one import MeanOne
 from recipes.sudoku_unique import recipe
 
 STORED = Path(__file__).with_suffix(".json")  # every run that has ended
