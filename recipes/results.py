@@ -1,5 +1,9 @@
-"""The tables of README.md and results.md, from results.json: `python -m recipes.studies --write` writes them."""
+"""The tables of README.md and results.md, from results.json, and the list of examples, from the first sentences of their
+files: `python -m recipes.studies --write` writes them.
+"""
 
+import ast
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -17,6 +21,17 @@ SUDOKU = {  # recipe -> the corrector of its stored runs
     "sudoku_unique --layout autoregressive": "AIS",
     "sudoku_unique --layout llada": "AIS",
     "sudoku_unique --layout diffusion_gemma": "none",
+}
+
+EXAMPLES = {  # by what they are about
+    "your data": "chats_then_rl infill_digits own_task reward_service turns d1_prompts",
+    "a model of your own": "own_module own_block_module own_cache attention_window",
+    "likelihoods": "own_estimator estimator_right score_texts bounds control_variates coupled_grpo fork_grpo "
+    "informed_masking just_grpo_fast",
+    "losses, corrections, loops": "own_loss own_corrector correctors_elsewhere own_loop own_doctor detached_loss replay "
+    "trees unequal_groups paired_study",
+    "samplers, orders, formats, engines": "own_order own_engine quantized_engines few_levels sampler_at_once noisy_order "
+    "learned_order rewriting_rule sglang_confidence generate_alone",
 }
 
 
@@ -159,6 +174,19 @@ def pretrained(found: Mapping[str, Any]) -> str:
     return markdown(rows)
 
 
+def examples() -> str:
+    """Every file of `examples`, with the first paragraph of its docstring."""
+    folder, rows = STORED.with_name("examples"), []
+    for about, names in EXAMPLES.items():
+        for name in names.split():
+            docstring = ast.get_docstring(ast.parse((folder / f"{name}.py").read_text())) or ""
+            said = re.sub(r" \(docs/[\w/.-]+\)", "", docstring.split("\n\n")[0].replace("\n", " "))
+            rows.append({"about": about, "example": f"[{name}.py]({name}.py)", "what it shows": said})
+    if missing := {path.stem for path in folder.glob("*.py")} - set(" ".join(EXAMPLES.values()).split()):
+        raise ValueError(f"EXAMPLES lacks {', '.join(sorted(missing))}")
+    return markdown(rows)
+
+
 def page_tables() -> dict[str, str]:
     found = read_json(STORED)
     recipe = found["latin_sudoku"]["rows"][0]
@@ -167,4 +195,5 @@ def page_tables() -> dict[str, str]:
         "Latin squares": latin_squares([recipe]),
         "Sudoku": sudoku(found),
         "pretrained models": pretrained(found),
+        "examples": examples(),
     }
