@@ -1,5 +1,6 @@
-"""The tables of README.md and results.md, from results.json, and the list of examples, from the first sentences of their
-files: `python -m recipes.studies --write` writes them.
+"""The tables of README.md and results.md, from results.json, and the list of examples, from their docstrings.
+
+`python -m recipes.studies --write` writes them.
 """
 
 import ast
@@ -28,10 +29,10 @@ EXAMPLES = {  # by what they are about
     "a model of your own": "own_module own_block_module own_cache attention_window",
     "likelihoods": "own_estimator estimator_right score_texts bounds control_variates coupled_grpo fork_grpo "
     "informed_masking just_grpo_fast",
-    "losses, corrections, loops": "own_loss own_corrector correctors_elsewhere own_loop own_doctor detached_loss replay "
-    "trees unequal_groups paired_study",
-    "samplers, orders, formats, engines": "own_order own_engine quantized_engines few_levels sampler_at_once noisy_order "
-    "learned_order rewriting_rule sglang_confidence generate_alone",
+    "losses, corrections, loops": "own_loss own_corrector correctors_elsewhere own_loop own_doctor detached_loss "
+    "replay trees unequal_groups paired_study",
+    "samplers, orders, formats, engines": "own_order own_engine quantized_engines few_levels sampler_at_once "
+    "noisy_order learned_order rewriting_rule sglang_confidence generate_alone",
 }
 
 

@@ -17,7 +17,7 @@ from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", "docs/*.md", "recipes/*.md", "recipes/examples/*.md", "recipes/studies/**/*.md", "benchmarks/README.md")
+PAGES = ("README.md", "docs/*.md", "recipes/**/*.md", "benchmarks/README.md")
 TABLE = re.compile(
     r"^(<!-- table: (?P<module>[\w.]+), (?P<name>.+?) -->\n).*?^(<!-- end of table -->)", re.DOTALL | re.MULTILINE
 )
