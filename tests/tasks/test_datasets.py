@@ -16,7 +16,7 @@ import pandas
 import pytest
 import torch
 from readme import example
-from refusals import refuses
+from refusals import refused, refuses
 
 from dllm_rl.tasks import Task, task_from_dataset
 from dllm_rl.tasks.base import Cost, Reward, completion_metrics, grade, metric_fractions
@@ -26,6 +26,9 @@ ROWS = [
     {"prompt": "2+2=", "answer": "4", "completion": "4"},
     {"prompt": "2+3=", "answer": "5", "completion": "5"},
 ]
+
+
+TABLE = datasets.Dataset.from_list(ROWS).data.table
 
 
 def right(prompts, completions, answer, **_) -> list[float]:
@@ -166,17 +169,13 @@ def test_the_soft_punishment_of_the_page_is_dapos() -> None:
     assert expected == -1
 
 
-def test_a_function_of_trl_that_counts_ids_is_told_of_the_number_of_tokens() -> None:
-    def length(completion_ids, **columns) -> list[float]:
-        return [-float(len(ids)) for ids in completion_ids]
-
-    with pytest.raises(ValueError, match=r"needs 'completion_ids', .*for the length of a completion, take num_tokens"):
-        task_from_dataset(ROWS, reward_funcs=length)
-
-
 def test_a_datasets_dataset() -> None:
-    task = task_from_dataset(datasets.Dataset.from_list(ROWS), reward_funcs=[right])
-    assert [task.reward(problem, problem.solution).value for problem in task] == [1.0, 1.0]
+    """And what the message about a table of pyarrow says to give."""
+    for rows in (datasets.Dataset.from_list(ROWS), TABLE.to_pylist()):
+        task = task_from_dataset(rows, reward_funcs=[right])
+        assert [task.reward(problem, problem.solution).value for problem in task] == [1.0, 1.0]
+    with pytest.raises(IndexError):
+        task[2]
 
 
 def test_a_task_says_which_rows_it_has() -> None:
@@ -240,27 +239,10 @@ def test_a_single_row_is_also_the_one_to_evaluate(rows) -> None:
             training_and_held_out([], held_out)
 
 
-def test_bad_functions_and_data_sets_are_refused() -> None:
-    def endless(completions, **_):
-        return [float("nan")]
-
-    def unbounded(completions, **_):
-        return [float("inf")]
-
-    def too_few(completions, **_):
-        return []
-
-    wrong = {endless: "returned nan", unbounded: "returned inf", too_few: "returned 0 numbers"}
-    for function, message in wrong.items():
-        task = task_from_dataset(ROWS, reward_funcs=[function])
-        with pytest.raises(ValueError, match=message):
-            task.reward(task[0], "4")
-    refuses("no column 'prompt'", lambda: task_from_dataset([{"question": "q"}], reward_funcs=[right]))
-    with pytest.raises(ValueError, match="2 reward_funcs have 1 weights"):
-        task_from_dataset(ROWS, reward_funcs=[right, short], weights=[1.0])
-    refuses("empty", lambda: task_from_dataset(ROWS, reward_funcs=[]))
-    with pytest.raises(IndexError):
-        task_from_dataset(ROWS, reward_funcs=[right])[2]
+@pytest.mark.parametrize(("result", "said"), [([float("nan")], "nan"), ([float("inf")], "inf"), ([], "0 numbers")])
+def test_what_a_function_returned_is_said(result, said) -> None:
+    task = task_from_dataset(ROWS, reward_funcs=[lambda completions, **_: result])
+    refuses(f"returned {said}", lambda: task.reward(task[0], "4"))
 
 
 @pytest.mark.parametrize(
@@ -349,36 +331,6 @@ def test_rows_whose_columns_differ_have_none_where_they_lack_one():
         for order in ((0, 1), (1, 0), (2,)):
             task.rewards([task[i] for i in order], ["1"] * len(order))
     assert seen == [(["1", None], [None, "x"]), ([None, "1"], ["x", None]), ([None], [None])] * 3
-    refuses("row 1 has no 'prompt'", lambda: task_from_dataset([rows[0], {"question": "2="}], reward_funcs=graded))
-    with pytest.raises(
-        ValueError, match="reward function right needs 'answer', which is not one of prompts, completions"
-    ):
-        task_from_dataset([{"prompt": "1=", "reference": "1"}], reward_funcs=right)
-
-
-@pytest.mark.parametrize(
-    "rows",
-    [
-        datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)),
-        {"prompt": ["1=", "2="]},
-        pandas.DataFrame(ROWS),
-        ["1=", "2="],
-        [("1=", "1")],
-        np.array(["1=", "2="]),
-        "rows.jsonl",
-        b"1=",
-        [None],
-        {1: ROWS[0]},
-    ],
-    ids=lambda rows: type(rows).__name__,
-)
-def test_what_holds_no_rows_is_refused_with_a_remedy(rows):
-    refuses(r"dataset.*give ", lambda: task_from_dataset(rows, reward_funcs=short))
-
-
-@pytest.mark.parametrize("functions", ["accuracy", [short, "accuracy"], 3, None, {"short": short}, [dict]])
-def test_what_is_no_reward_function_is_refused(functions):
-    refuses("reward_funcs", lambda: task_from_dataset(ROWS, reward_funcs=functions))
 
 
 def keeping(make, use):
@@ -485,31 +437,6 @@ def test_an_async_function_that_would_wait_for_itself_is_refused() -> None:
     refuses("called a task with async functions: await those instead", lambda: task.reward(task[0], "1"))
 
 
-def needs_answer(completions, answer):
-    return [float(text == right) for text, right in zip(completions, answer, strict=True)]
-
-
-def needs_both(completions, answer, *, hint, **columns):
-    return needs_answer(completions, answer)
-
-
-@pytest.mark.parametrize(
-    ("rows", "reward", "index", "column"),
-    [
-        ([{"answer": "1"}, {}], needs_answer, 1, "answer"),
-        ([{}, {"answer": "1"}, {}], needs_answer, 0, "answer"),
-        ([{"answer": "1", "hint": 1}, {"hint": 2, "answer": "2"}, {"answer": "3"}], needs_both, 2, "hint"),
-        ([{"answer": "1"}, {"question": "2"}], [lambda completions: [0.0], needs_answer], 1, "answer"),
-    ],
-)
-def test_a_row_without_a_column_that_a_reward_needs_is_named(rows, reward, index, column):
-    rows = [{"prompt": "a"} | row for row in rows]
-    with pytest.raises(
-        ValueError, match=f"^dataset: row {index} has no '{column}', which reward function needs_.* needs: add"
-    ):
-        task_from_dataset(rows, reward_funcs=reward)
-
-
 def test_a_column_that_does_not_apply_to_a_row_is_none():
     def optional(completions, answer="none", **columns):
         return [None if each is None else 1.0 for each in answer]
@@ -547,8 +474,48 @@ def test_an_error_that_is_the_same_for_one_completion_is_said_once():
     refuses(r"completion 'x': KeyError\('answer'\)$", lambda: grade(task, [task[0]] * 4, ["x"] * 4), RuntimeError)
 
 
-def test_a_table_of_pyarrow_is_refused_with_what_to_give() -> None:
-    table = datasets.Dataset.from_list(ROWS).data.table
-    with pytest.raises(ValueError, match=r"^dataset is a table of pyarrow; give table\.to_pylist"):
-        task_from_dataset(table, reward_funcs=right)
-    assert len(task_from_dataset(table.to_pylist(), reward_funcs=right)) == 2
+def counts_ids(completion_ids, **columns) -> list[float]:
+    return [-float(len(ids)) for ids in completion_ids]
+
+
+def needs_answer(completions, answer):
+    return [float(text == right) for text, right in zip(completions, answer, strict=True)]
+
+
+def needs_both(completions, answer, *, hint, **columns):
+    return needs_answer(completions, answer)
+
+
+def made(rows, functions, weights=None) -> Task:
+    return task_from_dataset(rows, reward_funcs=functions, weights=weights)
+
+
+def a(**columns) -> dict:
+    return {"prompt": "a", **columns}
+
+
+LACKS = "^dataset: row {} has no '{}', which reward function needs_.* needs: add"
+NO_ROWS = r"dataset.*give "
+test_data_sets_and_functions_that_do_not_fit_are_refused = refused(
+    ([{"question": "q"}], [right], None, "no column 'prompt'"),
+    ([a(answer="1"), {"question": "2="}], short, None, "row 1 has no 'prompt'"),
+    ([a(reference="1")], right, None, "function right needs 'answer', which is not one of prompts, completions"),
+    ([a(answer="1"), a()], needs_answer, None, LACKS.format(1, "answer")),
+    ([a(), a(answer="1"), a()], needs_answer, None, LACKS.format(0, "answer")),
+    ([a(answer="1", hint=1), a(hint=2, answer="2"), a(answer="3")], needs_both, None, LACKS.format(2, "hint")),
+    ([a(answer="1"), a(question="2")], [lambda completions: [0.0], needs_answer], None, LACKS.format(1, "answer")),
+    (ROWS, counts_ids, None, r"needs 'completion_ids', .*for the length of a completion, take num_tokens"),
+    (ROWS, [right, short], [1.0], "2 reward_funcs have 1 weights"),
+    (ROWS, [], None, "empty"),
+    *(
+        (ROWS, wrong, None, "reward_funcs")
+        for wrong in ("accuracy", [short, "accuracy"], 3, None, {"short": short}, [dict])
+    ),
+    (TABLE, right, None, r"^dataset is a table of pyarrow; give table\.to_pylist"),
+    (datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)), short, None, NO_ROWS),
+    (pandas.DataFrame(ROWS), short, None, NO_ROWS),
+    ({"prompt": ["1=", "2="]}, short, None, NO_ROWS),
+    *((rows, short, None, NO_ROWS) for rows in (["1=", "2="], [("1=", "1")], np.array(["1=", "2="]), [None])),
+    *((rows, short, None, NO_ROWS) for rows in ("rows.jsonl", b"1=", {1: ROWS[0]})),
+    by=made,
+)
