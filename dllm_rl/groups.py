@@ -7,7 +7,7 @@ from typing import Any
 from torch.nn import Module
 
 from dllm_rl.models.base import Policy
-from dllm_rl.records import Record, annotations_of, describe, make_record, option, record_type
+from dllm_rl.records import Record, annotations_of, describe, fit, make_record, option, record_type
 
 # Flat names of the groups' fields, and their paths in a recipe. A recipe answers a flat name by the path.
 GROUPED = {
@@ -219,10 +219,24 @@ def is_loaded_module(name: str, model: Any) -> tuple[bool, str]:
 
 def type_of(kind: type[Record], name: str) -> Any:
     """Return the type of the setting of `Recipe` or `SFT` with this flat name."""
-    annotation: Any = kind
-    for step in kind.GROUPED[name].split("."):
-        annotation = annotations_of(record_type(annotation))[step]
-    return annotation
+    record, field = _field_of(kind, name)
+    return annotations_of(record)[field]
+
+
+def check_flat(kind: type[Record], name: str, value: Any) -> None:
+    """Raise ValueError, which names the setting by its flat name, if its value has another type or is out of range."""
+    record, field = _field_of(kind, name)
+    bound = next(each.metadata.get("bound") for each in fields(record) if each.name == field)  # type: ignore[arg-type]
+    fit(name, annotations_of(record)[field], value, bound)
+
+
+def _field_of(kind: type[Record], name: str) -> tuple[type[Record], str]:
+    """Return the group's class that has the setting with this flat name, and the field's name there."""
+    record: Any = kind
+    *groups, field = kind.GROUPED[name].split(".")
+    for group in groups:
+        record = record_type(annotations_of(record)[group])
+    return record, field
 
 
 def nested(kind: type[Record], settings: Mapping[str, Any], names: Collection[str] = TRL_FLAT) -> dict[str, Any]:

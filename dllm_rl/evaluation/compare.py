@@ -444,7 +444,7 @@ class Comparison:
         num_problems, num_seeds = sum(found.counts), len(found.seeds) or min(len(arm.runs), len(first.runs))
         bounds = []
         for interval, what in (
-            (found.over_problems, f"{num_problems} problems"),
+            (found.over_problems, f"{num_problems} problem{'s' * (num_problems != 1)}"),
             (found.over_seeds, f"{num_seeds} seeds"),
         ):
             if interval is not None:
@@ -453,8 +453,8 @@ class Comparison:
         numbers = f"{self.metric} {values[0]:.3f} against {values[1]:.3f}"
         numbers += f", {sign * found.value:+.3f}"
         numbers += f" (95 % interval {', '.join(bounds)})" if bounds else ""
-        numbers += f"; higher on {(higher, lower)[sign < 0]} problems, lower on {(lower, higher)[sign < 0]}"
-        numbers += f", equal on {equal}"
+        more, fewer = (higher, lower)[::sign]
+        numbers += f"; higher on {more} problem{'s' * (more != 1)}, lower on {fewer}, equal on {equal}"
         too_few = "This is about these models: whether the settings are better, only more seeds of both can say."
         if not higher and not lower:
             text = f"{self.metric} cannot say which of {names[0]} and {names[1]} is better, because it is "

@@ -9,7 +9,7 @@ from dllm_rl.algorithms import optimizers
 from dllm_rl.algorithms.advantages import GroupRelative
 from dllm_rl.algorithms.losses import GSPO, FixedLengthMean, PPOClip, SequenceMean, TokenMean
 from dllm_rl.distributed.collectives import num_launched
-from dllm_rl.groups import TRL_FLAT, nested, type_of
+from dllm_rl.groups import TRL_FLAT, check_flat, nested, type_of
 from dllm_rl.presets import PRESETS, find_preset
 from dllm_rl.recipe import Recipe
 from dllm_rl.records import annotations_of, check_scalar, describe, fit, union_members, with_nearest
@@ -74,10 +74,11 @@ NEAREST = {
     "tis_imp_ratio_cap",
     "dry_run": "auto_find_batch_size",
     "dtype": "fp16 model_init_kwargs",
-    "evaluation={'batch_size': ...}": "per_device_eval_batch_size",
+    "evaluation={'batch_size': ...}": "per_device_eval_batch_size val_batch_size",
     "eval_dataset": "val_files",
     "eval_steps": "eval_strategy test_freq",
     "gradient_checkpointing": "enable_gradient_checkpointing",
+    "kl": "kl_loss_type kl_penalty",
     "learning_rate": "lr",
     "likelihood": "p_mask_prompt",
     "log={'completions_steps': ...}": "log_completions",
@@ -91,7 +92,7 @@ NEAREST = {
     "max_new_tokens": "max_response_length",
     "metric_for_best_model": "greater_is_better",
     "max_num_gen_batches": "filter_groups",
-    "micro_batch_size": "ppo_micro_batch_size_per_gpu ppo_micro_batch_size",
+    "micro_batch_size": "ppo_micro_batch_size_per_gpu ppo_micro_batch_size ppo_max_token_len_per_gpu use_dynamic_bsz",
     "model": "path",
     "name": "experiment_name project_name",
     "num_generations": "n",
@@ -106,6 +107,7 @@ NEAREST = {
     "reward_funcs": "reward_processing_classes custom_reward_function compute_score",
     "reward_funcs that return None for cut answers": "mask_truncated_completions",
     "rollout_quantization": "use_vllm",
+    "rollout_engine": "rollout.name",
     "late": "vllm_mode async_training",
     "sampler_options": "generation_kwargs",
     "sampler_options.block_size": "block_length block_size",
@@ -114,7 +116,8 @@ NEAREST = {
     "sampler_options.rank": "remasking",
     "save_steps": "save_strategy save_freq",
     "seed": "data_seed",
-    "shard_size": "deepspeed fsdp fsdp_config",
+    "scale_rewards": "norm_adv_by_std_in_grpo",
+    "shard_size": "deepspeed fsdp fsdp_config param_offload optimizer_offload",
     "top_p": "min_p",
     "warmup_steps": "warmup_ratio lr_warmup_steps lr_warmup_steps_ratio",
     "train_batch_size": "generation_batch_size",
@@ -202,6 +205,8 @@ def translate_trl_names(function: Callable[..., Recipe], keywords: dict[str, Any
         keywords["resume_from_checkpoint"] = "latest"
     for name in keywords.keys() & types.keys():
         check_scalar(name, union_members(types[name]), keywords[name])
+    for name in keywords.keys() & TRL_FLAT - {"report_to"}:
+        check_flat(Recipe, name, keywords[name])
     check_no_update_is_counted(keywords)
     translated = batch_sizes(keywords)
     for name, value in keywords.items():
@@ -254,7 +259,8 @@ def check_names(keywords: Mapping[str, Any], known_names: Set[str], targets: Map
             refused.append(f"{name}={value!r} ({remedy})")
         elif name.partition(".")[0] in VERL and name not in known_names:
             head, _, field = name.partition(".")
-            field = head if head in REMEDIES else field.rpartition(".")[2]
+            group, field = name.split(".")[-2:] if field else ("", head)
+            field = head if head in REMEDIES else f"{group}.{field}" if f"{group}.{field}" in REMEDIES else field
             is_same = field in known_names and field not in REMEDIES
             refused.append(f"{name} (give {field})" if is_same else unknown(field, known_names | targets.keys(), name))
         elif "." in name:

@@ -90,7 +90,7 @@ def headline(summary: dict[str, Any]) -> str:
         text += f": {name.replace('_', ' ')} {before[name]:.3f} → {after[name]:.3f}"
         if (number := summary.get("eval_problems")) is not None:
             is_held_out = summary.get("eval_problems_in_training", 0) < number
-            text += f" on {number} {'held-out' if is_held_out else 'training'} problems"
+            text += f" on {number} {'held-out' if is_held_out else 'training'} problem{'s' * (number != 1)}"
     return escape_controls(text)
 
 

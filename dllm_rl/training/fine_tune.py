@@ -15,7 +15,7 @@ from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.decoding.vocabulary import begin_ids
 from dllm_rl.distributed.collectives import from_main
 from dllm_rl.distributed.stop import as_written, leaving_nothing_behind
-from dllm_rl.groups import nested, with_groups
+from dllm_rl.groups import TRL_FLAT, check_flat, nested, with_groups
 from dllm_rl.identity import rows_in_order
 from dllm_rl.models.base import Policy
 from dllm_rl.models.checkpoint.adapters import load_adapter
@@ -54,6 +54,8 @@ def sft(model: str | Policy | Callable[..., Policy], dataset: Any, **settings: A
     `settings` are fields of `SFT`, or TRL's flat names, such as `save_steps`. Set the learning rate: the default,
     5e-4, suits small models.
     """
+    for flat in settings.keys() & TRL_FLAT:
+        check_flat(SFT, flat, settings[flat])
     name = Path(model).name.lower() if isinstance(model, str | Path) else "sft"
     return fine_tune(
         SFT(**{"name": name, "model": model, "dataset": dataset} | with_groups(SFT, nested(SFT, settings), {}))

@@ -95,14 +95,15 @@ def check_measured(needed: Mapping[str, str], measured: Collection[str]) -> None
     for setting, name in needed.items():
         if name not in measured:
             known, hint = ", ".join(sorted(measured)), nearest_hint(name, measured, "{!r}")
-            raise ValueError(f"{setting} is not one of the metrics of validation_task: {known}{hint}; use one of these")
+            raise ValueError(f"{setting} is not a metric of the evaluations: {known}{hint}; use one of these")
 
 
 def problems_evaluated(number: int, num_in_training: int) -> str:
     """Return what a run calls the problems that it is evaluated on before and after training."""
+    noun = "problem" if number == 1 else "problems"
     if num_in_training == number:
-        return f"{number} problems, all of them of training: none is held out"
-    return f"{number} held-out problems" + f", {num_in_training} of them of training too" * bool(num_in_training)
+        return f"{number} {noun}, all of them of training: none is held out"
+    return f"{number} held-out {noun}" + f", {num_in_training} of them of training too" * bool(num_in_training)
 
 
 def evaluation_interval(

@@ -57,7 +57,7 @@ def test_a_refused_run_deletes_nothing(tmp_path, rehearsal):
     bad = {"overwrite_output_dir": True, "sft_warmup_steps": 2, "sft_warmup_metric": "solved"}
     with pytest.raises(
         ValueError,
-        match=r"warmup\.metric='solved' is not one of the metrics of validation_task: cell_accuracy, .*solve_rate",
+        match=r"warmup\.metric='solved' is not a metric of the evaluations: cell_accuracy, .*solve_rate",
     ):
         train(small(tmp_path / "run", **bad))
     assert sorted(path for path in (tmp_path / "run").rglob("*")) == before

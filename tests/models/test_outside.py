@@ -218,6 +218,9 @@ class TestAModuleOfOnesOwn:
 def test_a_folder_that_is_no_checkpoint_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
     refuses(r"empty has no config.json: it is not a checkpoint", lambda: load_policy(tmp_path / "empty"))
+    (tmp_path / "empty/step-000004").mkdir()
+    (tmp_path / "empty/step-000004/config.json").write_text("{}")
+    refuses("give one of those in it, such as .*/empty/step-000004$", lambda: load_policy(tmp_path / "empty"))
     (tmp_path / "run" / "checkpoints" / "step-000002").mkdir(parents=True)
     refuses(r"run is a run's folder without a checkpoint yet; give a checkpoint", lambda: load_policy(tmp_path / "run"))
     broken = checkpoint(tmp_path / "broken", "llama")

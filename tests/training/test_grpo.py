@@ -21,7 +21,7 @@ from run_outputs import metrics_of
 from tiny_recipe import SIZES, tiny_recipe
 from transformers import LlamaConfig, LlamaForCausalLM, get_scheduler
 
-from dllm_rl import GSPO, Decoupled, Float8WeightOnly, Recipe, grpo, grpo_recipe, tiny_masked_lm, train
+from dllm_rl import GSPO, Decoupled, Float8WeightOnly, Recipe, grpo, grpo_recipe, sft, tiny_masked_lm, train
 from dllm_rl.algorithms.advantages import GroupRelative
 from dllm_rl.algorithms.losses import FixedLengthMean, PPOClip, SequenceMean
 from dllm_rl.algorithms.optimizers import LinearDecay
@@ -577,11 +577,37 @@ def test_verls_names_get_the_translation_of_the_page(name, ours, written):
         ("data.val_files", r"data.val_files \(the nearest is eval_dataset\)"),
         ("trainer.n_gpus_per_node", r".*\(the nearest is accelerate launch --num_processes\)"),
         ("rollout.collective_timeout", r".*\(give limits=\{'collective_timeout': ...\}\)"),
+        ("actor_rollout_ref.rollout.name", r".*rollout.name \(the nearest is rollout_engine\)"),
+        ("trainer.name", r"trainer.name \(give name\)"),
+        ("actor.kl_loss_type", r"actor.kl_loss_type \(the nearest is kl\)"),
+        ("actor.fsdp_config.param_offload", r".*param_offload \(the nearest is shard_size\)"),
+        ("algorithm.norm_adv_by_std_in_grpo", r".*\(the nearest is scale_rewards\)"),
+        ("data.val_batch_size", r".*\(the nearest is evaluation=\{'batch_size': ...\}\)"),
         ("trainer.qqq", "trainer.qqq;"),
     ],
 )
 def test_a_name_in_a_group_of_verl_is_looked_up_without_it(name, said):
     refuses(f"^not settings of grpo: {said}", lambda: grpo_recipe(tiny_masked_lm(**SMALL), ROWS, right, **{name: 2}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("logging_steps", -1, "logging_steps=-1 must be at least 1"),
+        ("eval_steps", -3, "eval_steps=-3 must be at least 0"),
+        ("save_steps", 0, "save_steps=0 must be at least 1"),
+        ("save_total_limit", 0, "save_total_limit=0 must be at least 1"),
+        ("load_best_model_at_end", "yes", "load_best_model_at_end='yes' is of type str; give bool"),
+        ("metric_for_best_model", "", "metric_for_best_model='' is empty; give a name"),
+        ("push_to_hub", 3, "push_to_hub=3 is of type int; give str"),
+    ],
+)
+@pytest.mark.parametrize("call", [grpo_recipe, sft])
+def test_a_wrong_value_is_named_as_it_was_given(call, name, value, said):
+    """And not by the group in which a recipe keeps it."""
+    rows = ROWS if call is grpo_recipe else [{"prompt": "1=", "completion": "1"}]
+    arguments = (rows, right) if call is grpo_recipe else (rows,)
+    refuses(f"^{said}$", lambda: call(tiny_masked_lm(**SMALL), *arguments, **{name: value}))
 
 
 def test_the_docs_have_the_names():
@@ -1160,10 +1186,10 @@ def test_a_row_that_cannot_be_used_is_named_as_the_caller_gave_it(given, bad, me
 @pytest.mark.parametrize(
     ("rows", "held_out", "said"),
     [
-        ([GOOD], None, "1 problems, all of them of training: none is held out"),
+        ([GOOD], None, "1 problem, all of them of training: none is held out"),
         ([GOOD] * 40, None, "4 problems, all of them of training: none is held out"),
         ([GOOD, {"prompt": "1=", "answer": "1"}], [GOOD, {"prompt": "2="}], "2 held-out problems, 1 of them of tr"),
-        (Dataset.from_list([{"prompt": "1="}]), Dataset.from_list([{"prompt": "2="}]), "1 held-out problems"),
+        (Dataset.from_list([{"prompt": "1="}]), Dataset.from_list([{"prompt": "2="}]), "1 held-out problem"),
     ],
 )
 def test_a_problem_that_is_trained_on_is_not_called_held_out(rows, held_out, said, tmp_path, capsys):

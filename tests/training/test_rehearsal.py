@@ -57,7 +57,7 @@ BAD = {
     ),
     "warm-up": (
         {"sft_warmup_steps": 1, "sft_warmup_metric": "solved"},
-        "warmup.metric='solved' is not one of the metrics of valid",
+        "warmup.metric='solved' is not a metric of the eval",
     ),
     "advantages": (
         {"advantages": lambda rewards, group: rewards[:4]},

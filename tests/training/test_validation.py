@@ -136,7 +136,7 @@ def test_a_metric_is_looked_for_where_it_is_measured(named, tmp_path, rehearsal)
     few, some = Mine(Sudoku(split="test", size=4)), Mine(Sudoku(split="train", size=8))
     train(of("a", "solve_rate", task=some, eval_task=few))
     train(of("b", "mine", validation_task=few))
-    with pytest.raises(ValueError, match=r"solve_rate.* is not one of the metrics of validation_task: mine, parsed"):
+    with pytest.raises(ValueError, match=r"solve_rate.* is not a metric of the evaluations: mine, parsed"):
         train(of("c", "solve_rate", validation_task=few))
     assert not (tmp_path / "c").exists()
 
@@ -170,7 +170,7 @@ def test_a_metric_that_does_not_exist_is_refused_before_a_model_is_made(named, d
     tasks, name, known = PLACES[place]
     recipe = tiny_recipe(tmp_path, num_steps=2, eval_steps=1, dry_run=dry_run, **ONE_PUZZLE | tasks)
     recipe = recipe if dry_run else recipe.replace(model=never)
-    with pytest.raises(ValueError, match=f"{name}.*is not one of the metrics of validation_task: .*{known}"):
+    with pytest.raises(ValueError, match=f"{name}.*is not a metric of the evaluations: .*{known}"):
         train(with_changes(recipe, **named(name)))
 
 

@@ -201,7 +201,9 @@ def read_config(folder: Path, block_size: int | None = None) -> dict[str, Any]:
             raise ValueError(
                 f"{folder} has weights without a config.json, as saved from a custom module: {CUSTOM_HINT}"
             ) from None
-        raise ValueError(f"{folder} has no config.json: it is not a checkpoint; give a checkpoint's folder") from None
+        inside = sorted(file.parent for file in folder.glob("*/config.json"))
+        given = f"one of those in it, such as {inside[-1]}" if inside else "a checkpoint's folder"
+        raise ValueError(f"{folder} has no config.json: it is not a checkpoint; give {given}") from None
     except ValueError:  # neither UTF-8 nor JSON
         raise ValueError(f"{path} is damaged: it is not JSON; fetch the checkpoint again") from None
     if not isinstance(raw, dict):
