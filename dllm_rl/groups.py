@@ -30,6 +30,9 @@ GROUPED = {
     "sft_warmup_metric": "warmup.metric",
     "sft_warmup_target": "warmup.target",
     "sft_warmup_eval_steps": "warmup.eval_steps",
+    "adam_beta1": "optim.beta1",
+    "adam_beta2": "optim.beta2",
+    "weight_decay": "optim.weight_decay",
     "rollout_workers": "late.workers",
     "max_staleness": "late.max_staleness",
     "teacher_substeps": "teacher.substeps",
@@ -48,6 +51,9 @@ TRL_FLAT = frozenset(
         "metric_for_best_model",
         "load_best_model_at_end",
         "push_to_hub",
+        "adam_beta1",
+        "adam_beta2",
+        "weight_decay",
     ]
 )
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
@@ -235,7 +241,8 @@ def _field_of(kind: type[Record], name: str) -> tuple[type[Record], str]:
     record: Any = kind
     *groups, field = kind.GROUPED[name].split(".")
     for group in groups:
-        record = record_type(annotations_of(record)[group])
+        default = getattr(record, group, None)
+        record = type(default) if isinstance(default, Record) else record_type(annotations_of(record)[group])
     return record, field
 
 
@@ -255,7 +262,10 @@ def nested(kind: type[Record], settings: Mapping[str, Any], names: Collection[st
             part = part.setdefault(step, {})
         part[path[-1]] = settings[name]
     for group, values in changes.items():
-        found[group] = _joined(group, found[group], values) if group in found else values
+        given = found.get(group, values)
+        # A class's name or a function stands for a record.
+        given = given if isinstance(given, dict) else fit(group, annotations_of(kind)[group], given)
+        found[group] = _joined(group, given, values)
     return found
 
 
@@ -266,6 +276,11 @@ def _joined(path: str, given: Any, values: dict[str, Any]) -> Any:
         ValueError: A field has another value already; in a record, another one than its default.
     """
     if isinstance(given, Record):
+        if unknown := values.keys() - annotations_of(type(given)).keys():
+            name = min(unknown)
+            raise ValueError(
+                f"{path}.{name}={values[name]!r} is not a setting of {path}={describe(given)}; leave one of them out"
+            )
         settings = [field for field in fields(given) if getattr(given, field.name) != field.default]  # type: ignore[arg-type]
         before = {field.name: getattr(given, field.name) for field in settings}
     elif isinstance(given, dict):
@@ -297,7 +312,7 @@ def with_groups(kind: type[Record], settings: Mapping[str, Any], before: Mapping
     annotations = annotations_of(kind)
     made = dict(settings)
     for name in groups & settings.keys():
-        if isinstance(made[name], dict):
+        if isinstance(made[name], dict) and "class_path" not in made[name]:
             try:
                 group: Any = before.get(name, defaults[name])
                 base: Any = record_type(annotations[name])

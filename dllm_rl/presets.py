@@ -11,7 +11,7 @@ from typing import Any
 from dllm_rl.algorithms.advantages import GroupRelative
 from dllm_rl.algorithms.correctors import NoCorrection
 from dllm_rl.algorithms.losses import K3, PPOClip
-from dllm_rl.algorithms.optimizers import ConstantRate
+from dllm_rl.algorithms.optimizers import AdamW, ConstantRate
 from dllm_rl.groups import Evaluation
 from dllm_rl.likelihoods.estimators import OneStep
 from dllm_rl.models.lora_settings import Lora
@@ -53,9 +53,7 @@ PRESETS: dict[str, Preset] = {
         {
             "learning_rate": 3e-6,
             "lr_schedule": ConstantRate(),
-            "adam_beta1": 0.9,
-            "adam_beta2": 0.99,
-            "weight_decay": 0.1,
+            "optim": AdamW(beta1=0.9, beta2=0.99, weight_decay=0.1),
             "max_grad_norm": 0.2,
             "dtype": "bfloat16",
             "lora": Lora(r=128, alpha=64.0, dropout=0.05),

@@ -3,6 +3,7 @@
 from typing import Any, ClassVar, Literal
 
 from dllm_rl.algorithms.losses import takes_drawn_steps
+from dllm_rl.algorithms.optimizers import AdamW, Optimizer
 from dllm_rl.algorithms.replay import Replay
 from dllm_rl.groups import Teacher, Warmup
 from dllm_rl.likelihoods.estimators import EXACT
@@ -37,8 +38,7 @@ class Recipe(StepSettings):
     )
 
     num_steps: int = option(default=180, help="RL steps", at_least=0)
-    adam_beta2: float = option(default=0.99, help="the optimizer's beta2", at_least=0, below=1)
-    weight_decay: float = option(default=0.0, help="the optimizer's weight decay", at_least=0)
+    optim: Optimizer = option(default=AdamW(), help="optimizer, with its betas and decay: AdamW, AdamW8bit")
 
     teacher: Teacher | None = option(default=None, help="on-policy distillation from a teacher; None: no teacher")
     zero_mismatch: bool = option(

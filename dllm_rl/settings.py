@@ -40,15 +40,15 @@ class Settings(Record):
         default=None, help="load the checkpoint's weights in this bitsandbytes format and freeze them; needs lora"
     )
     lora: Lora | None = option(default=None, help="LoRA adapters to train, e.g. Lora(r=16); None: train all weights")
-    optim: Optimizer = option(default=AdamW(), help="optimizer: AdamW, AdamW8bit")
+    optim: Optimizer = option(
+        default=AdamW(beta2=0.95, weight_decay=0.01),
+        help="optimizer, with its betas and decay: AdamW, AdamW8bit",
+    )
 
     seed: int = option(default=0, help="seed of everything random in the run")
     train_batch_size: int = option(default=32, help="prompts (SFT: sequences) per step, over all processes", at_least=1)
     num_steps: int = option(default=200, help="training steps", at_least=0)
     learning_rate: float = option(default=5e-4, help="learning rate of the optimizer, before lr_schedule", above=0)
-    adam_beta1: float = option(default=0.9, help="the optimizer's beta1", at_least=0, below=1)
-    adam_beta2: float = option(default=0.95, help="the optimizer's beta2", at_least=0, below=1)
-    weight_decay: float = option(default=0.01, help="the optimizer's weight decay", at_least=0)
     max_grad_norm: float = option(
         default=1.0, help="largest norm of the gradient; larger gradients are clipped", above=0
     )
@@ -140,7 +140,7 @@ class Settings(Record):
         return [
             is_loaded_module("model", self.model),
             (
-                self.dtype == "float16" and self.lora is None and self.optim == AdamW(),
+                self.dtype == "float16" and self.lora is None and isinstance(self.optim, AdamW),
                 "dtype='float16' needs lora, or another optim: AdamW's second moments and its epsilon underflow to "
                 "0 in float16; or use 'bfloat16' or 'float32'",
             ),

@@ -332,11 +332,11 @@ def test_all_wrong_options_at_once_and_no_model_is_made(recipe, capsys):
         raise AssertionError("a model was made")
 
     words = "--num_steps many --learning_rat 3 --corrector TIS --corrector.cap 0.2 --loss PPOClip --loss.epsilon -1"
-    words += " --weight_decay -1 --sampler.commit Thresold --task.split x"
+    words += " --optim.weight_decay -1 --sampler.commit Thresold --task.split x"
     lines = errors(recipe.replace(model=model), words.split(), capsys)
     assert sorted(line.removeprefix("error: ").split()[0].partition("=")[0] for line in lines) == [
         *("--learning_rat", "corrector.cap", "loss.epsilon", "num_steps", "sampler.commit", "task.split"),
-        "weight_decay",
+        "optim.weight_decay",
     ]
     with pytest.raises(
         ValueError, match=r"learning_rate=-3 must be above 0\nnum|num_steps=-1 must be at least 0\nlearning"

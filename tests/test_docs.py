@@ -81,7 +81,7 @@ def test_the_table_of_a_recipes_fields_is_whole():
     rows = hooks.recipe_fields().splitlines()[2:]
     listed = [row.split("`")[1] for row in rows]
     assert [name for name in listed if "." not in name] == [field.name for field in dataclasses.fields(dllm_rl.Recipe)]
-    assert set(GROUPED.values()) <= set(listed)
+    assert {path for path in GROUPED.values() if not path.startswith("optim.")} <= set(listed)
     assert all(len(re.findall(r"(?<!\\)\|", row)) == 4 for row in rows)
     assert "| `num_generations` | `8` | completions per prompt (G) |" in rows
     assert hooks.recipe_fields() in hooks.reference()["reference/training.md"]

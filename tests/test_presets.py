@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 from dllm_rl import GSPO, Confidence, Lora, OneStep, PPOClip, Unmask, grpo_recipe, tiny_masked_lm
+from dllm_rl.algorithms.optimizers import AdamW
 from dllm_rl.config import from_command_line
 from dllm_rl.models.checkpoint.loading import CONFIGS
 from dllm_rl.recipe import Recipe
@@ -105,7 +106,7 @@ def test_d1_as_published(capsys, task, updates, temperature):
     capsys.readouterr()
     d1 = from_command_line(recipe, ["--preset", "d1", "--num_steps", "7"])
     assert capsys.readouterr().out.startswith("preset d1: learning_rate=3e-06, ")
-    assert (d1.learning_rate, d1.adam_beta1, d1.adam_beta2, d1.weight_decay) == (3e-6, 0.9, 0.99, 0.1)
+    assert (d1.learning_rate, d1.optim) == (3e-6, AdamW(beta1=0.9, beta2=0.99, weight_decay=0.1))
     assert (d1.max_grad_norm, d1.num_generations, d1.num_iterations, d1.beta) == (0.2, 6, updates, 0.04)
     assert d1.lora is not None and d1.lora == Lora(r=128, alpha=64.0, dropout=0.05)
     assert describe(d1.likelihood) == describe(OneStep(prompt_mask=0.15))

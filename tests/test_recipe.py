@@ -41,7 +41,7 @@ def test_the_record_says_what_its_fields_are():
     ("changes", "said"),
     [
         ({"num_generations": 0}, "num_generations=0 must be at least 1"),
-        ({"weight_decay": float("nan")}, "weight_decay=nan must be at least 0, and be finite"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan must be above 0, and be finite"),
         ({"max_grad_norm": math.inf}, "max_grad_norm=inf must be above 0, and be finite"),
     ],
 )

@@ -20,7 +20,7 @@ from tiny_recipe import tiny_recipe
 from dllm_rl import Lora, Recipe
 from dllm_rl.algorithms import advantages, correctors, losses
 from dllm_rl.algorithms.correctors import Corrector, ais_lambda
-from dllm_rl.algorithms.optimizers import LRSchedule
+from dllm_rl.algorithms.optimizers import AdamW, LRSchedule
 from dllm_rl.likelihoods import estimators
 from dllm_rl.likelihoods.estimators import recorded
 from dllm_rl.likelihoods.views import each_view
@@ -355,8 +355,8 @@ def test_an_extreme_number_of_renoise_is_refused_or_samples(keyword):
 
 @pytest.mark.parametrize("value", [1e-300, 1e-40, 1e39, 1e300])
 def test_a_recipe_refuses_what_float32_cannot_hold(value):
-    for name in ("learning_rate", "beta", "weight_decay"):
-        (field,) = (f for f in Recipe.__dataclass_fields__.values() if f.name == name)
+    for record, name in ((Recipe, "learning_rate"), (Recipe, "beta"), (AdamW, "weight_decay")):
+        (field,) = (f for f in record.__dataclass_fields__.values() if f.name == name)
         with pytest.raises(ValueError, match=rf"^{name}={value:g}".replace("+", r"\+")):
             field.metadata["bound"].check(name, value)
         field.metadata["bound"].check(name, 1e-30)

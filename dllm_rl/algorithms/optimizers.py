@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor, optim
 
@@ -13,58 +14,69 @@ NamedParameters = Iterable[tuple[str, Tensor]]
 class Optimizer(Record):
     """A rule that makes the optimizer of a run.
 
-    Where an optimizer is expected, a plain function (parameters, lr=, betas=, weight_decay=) is one too. The parameters
-    are pairs of a name and a tensor, as torch's optimizers take them, so that a group of them may have a rate of its
-    own: `[{"params": [pair], "lr": lr / 10 if "embed" in pair[0] else lr} for pair in parameters]`.
+    Where an optimizer is expected, a plain function (parameters, lr=) is one too. The parameters are pairs of a name
+    and a tensor, as torch's optimizers take them, so that a group of them may have a rate of its own:
+    `[{"params": [pair], "lr": lr / 10 if "embed" in pair[0] else lr} for pair in parameters]`.
     """
 
-    def __call__(
-        self, parameters: NamedParameters, lr: float, betas: tuple[float, float], weight_decay: float
-    ) -> optim.Optimizer:
+    def __call__(self, parameters: NamedParameters, lr: float) -> optim.Optimizer:
         """Make the optimizer of these parameters, each with its name."""
-        raise TypeError(f"{type(self).__name__} must define __call__(parameters, lr, betas, weight_decay)")
+        raise TypeError(f"{type(self).__name__} must define __call__(parameters, lr)")
 
 
 class FunctionOptimizer(FunctionRecord, Optimizer):
     """An optimizer that a function makes.
 
     Args:
-        function: Function (parameters, lr=, betas=, weight_decay=) -> torch.optim.Optimizer. Its parameter groups may
-            have different rates: the schedule scales each.
+        function: Function (parameters, lr=) -> torch.optim.Optimizer. Its parameter groups may have different rates:
+            the schedule scales each.
     """
 
-    def __call__(
-        self, parameters: NamedParameters, lr: float, betas: tuple[float, float], weight_decay: float
-    ) -> optim.Optimizer:
-        return self.function(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
+    def __call__(self, parameters: NamedParameters, lr: float) -> optim.Optimizer:
+        return self.function(parameters, lr=lr)
 
 
-class AdamW(Optimizer):
-    """torch's AdamW, whose moments take 8 bytes per parameter. This is the default."""
+class _Adam(Optimizer):
+    beta1: float = option(default=0.9, at_least=0, below=1)
+    beta2: float = option(default=0.99, at_least=0, below=1)
+    weight_decay: float = option(default=0.0, at_least=0)
 
-    def __call__(
-        self, parameters: NamedParameters, lr: float, betas: tuple[float, float], weight_decay: float
-    ) -> optim.Optimizer:
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return {"betas": (self.beta1, self.beta2), "weight_decay": self.weight_decay}
+
+
+class AdamW(_Adam):
+    """torch's AdamW, whose moments take 8 bytes per parameter. This is the default.
+
+    Args:
+        beta1: Decay of the mean of gradients. Default: 0.9.
+        beta2: Decay of the mean of squared gradients. Default: 0.99.
+        weight_decay: Part of each weight that is subtracted in a step, times the learning rate. Default: 0.
+    """
+
+    def __call__(self, parameters: NamedParameters, lr: float) -> optim.Optimizer:
         tensors = [parameter for _, parameter in parameters]
         fused = all(parameter.is_cuda for parameter in tensors) or None  # fused needs no large temporary tensors
-        return optim.AdamW(tensors, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
+        return optim.AdamW(tensors, lr=lr, fused=fused, **self._settings)
 
 
-class AdamW8bit(Optimizer):
+class AdamW8bit(_Adam):
     """bitsandbytes' AdamW, whose moments take 2 bytes per parameter.
 
     Use it if the optimizer's moments do not fit in GPU memory. Tensors below 4096 elements keep fp32 moments. It needs
     the package bitsandbytes.
+
+    Args:
+        beta1: Decay of the mean of gradients. Default: 0.9.
+        beta2: Decay of the mean of squared gradients. Default: 0.99.
+        weight_decay: Part of each weight that is subtracted in a step, times the learning rate. Default: 0.
     """
 
-    def __call__(
-        self, parameters: NamedParameters, lr: float, betas: tuple[float, float], weight_decay: float
-    ) -> optim.Optimizer:
+    def __call__(self, parameters: NamedParameters, lr: float) -> optim.Optimizer:
         from bitsandbytes.optim import AdamW8bit as BitsAndBytesAdamW8bit
 
-        return BitsAndBytesAdamW8bit(
-            [parameter for _, parameter in parameters], lr=lr, betas=betas, weight_decay=weight_decay
-        )
+        return BitsAndBytesAdamW8bit([parameter for _, parameter in parameters], lr=lr, **self._settings)
 
 
 def keep_rate_ratios(optimizer: optim.Optimizer, learning_rate: float) -> None:

@@ -23,8 +23,8 @@ MAY_CHANGE = {
     *MEMORY_SETTINGS,
 }
 
-# Fields that no resume can change: the stored weights or moments depend on them.
-CANNOT_CHANGE = {"model", "dtype", "lora", "base_quantization", "optim"}
+# Fields that no resume can change: the stored weights depend on them. Nor can it change the kind of optimizer.
+CANNOT_CHANGE = {"model", "dtype", "lora", "base_quantization"}
 
 
 def default_settings(record: type[Settings]) -> dict[str, Any]:
@@ -110,6 +110,11 @@ def compared(name: str, stored: Any) -> Any:
     return stored | {"init_args": kept}
 
 
+def _kind(stored: dict[str, Any]) -> tuple[str, Any]:
+    """Return the class of a stored record, and the function of one that a function stands for."""
+    return stored["class_path"], stored["init_args"].get("function")
+
+
 def check_recipe(recipe: Settings, state: TrainingState) -> None:
     """Raise ValueError if a recipe differs from a checkpoint's in a setting that this resume may not change."""
     settings = recipe.settings()
@@ -124,10 +129,13 @@ def check_recipe(recipe: Settings, state: TrainingState) -> None:
         )
     allowed = allowed_changes(settings)
     for name, value in settings.items():
-        if name in MAY_CHANGE | allowed or compared(name, before[name]) == compared(name, value):
+        if name in MAY_CHANGE or compared(name, before[name]) == compared(name, value):
+            continue
+        is_fixed = name in CANNOT_CHANGE or (name == "optim" and _kind(before[name]) != _kind(value))
+        if name in allowed and not is_fixed:
             continue
         if without_folders(before[name]) != without_folders(value):  # the code itself is compared below
-            allow = "" if name in CANNOT_CHANGE else f", or with {as_written(allow_changed=name)}"
+            allow = "" if is_fixed else f", or with {as_written(allow_changed=name)}"
             remedy = f"resume with the same recipe{allow}"
             if name == "rollout_quantization":  # the recipe may be the same
                 remedy = f"give the checkpoint's, since Float8ByGPU chooses by the GPU and its rows{allow}"

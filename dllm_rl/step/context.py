@@ -67,7 +67,7 @@ class StepFeature:
         """Return whether to take this step of the optimizer; False skips it, as for an outlying gradient.
 
         The gradients are those of the trained weights of `context.policy.module`, clipped, and may be changed in place.
-        `metrics` has the loss, and grad_norm before clipping, of all processes. Return the same in all processes.
+        `metrics` has the loss, and grad_norm before clipping, of all processes. False in one process skips in all.
         """
         return True
 

@@ -27,7 +27,7 @@ from dllm_rl.distributed.collectives import (
 )
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.models.base import Policy, gather_if_sharded, trainable_parameters
-from dllm_rl.step.context import StepContext
+from dllm_rl.step.context import StepContext, StepFeature
 from dllm_rl.step.correct import make_batches
 from dllm_rl.step.samples import Samples, StepResult
 from dllm_rl.step.score import score_samples
@@ -80,9 +80,12 @@ def train_step(
 
 
 def is_update_taken(context: StepContext, metrics: dict[str, float]) -> bool:
-    """Return whether no feature skips the optimizer's step. All of them are asked."""
-    answers = [feature.before_update(context, dict(metrics)) for feature in context.features]
-    return all(answers)
+    """Return whether no feature skips the optimizer's step, in any process: all take a step, or none. All features are
+    asked.
+    """
+    asked = [feature for feature in context.features if type(feature).before_update is not StepFeature.before_update]
+    skips = [not feature.before_update(context, dict(metrics)) for feature in asked]
+    return not asked or not sum_over(torch.tensor(sum(skips)), context.accelerator)
 
 
 def check_staleness(rollout: Rollout, policy: Policy, *, max_staleness: int = 0) -> None:

@@ -269,9 +269,8 @@ def freeze(model: Any, policy: Policy, names: list[str]) -> None:
 def make_optimizer(recipe: AnyRecipe, policy: Policy) -> torch.optim.Optimizer:
     """Make the recipe's optimizer of the policy's trainable parameters."""
     trainable = trainable_parameters(policy.module)
-    betas = (recipe.adam_beta1, recipe.adam_beta2)
     named = [(name, parameter) for name, parameter in policy.module.named_parameters() if parameter.requires_grad]
-    optimizer = recipe.optim(named, lr=recipe.learning_rate, betas=betas, weight_decay=recipe.weight_decay)
+    optimizer = recipe.optim(named, lr=recipe.learning_rate)
     keep_rate_ratios(optimizer, recipe.learning_rate)
     # Some optimizers write weights in ways that autograd does not count, and an aligned forward quantizes the weights
     # anew when their counts change.

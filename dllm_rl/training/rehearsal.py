@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +41,7 @@ from dllm_rl.training.warmup import drawn_problems
 from dllm_rl.types.groups import any_in_group, equal_groups
 from dllm_rl.types.rollouts import Rollout
 
-MOMENT_BYTES: dict[Any, int] = {AdamW(): 8, AdamW8bit(): 2}  # bytes of state per trained weight, if known
+MOMENT_BYTES: dict[type, int] = {AdamW: 8, AdamW8bit: 2}  # bytes of state per trained weight, if known
 
 
 def rehearse(
@@ -142,7 +141,7 @@ def try_save(recipe: Recipe, policy: Policy) -> None:
     """Write a checkpoint to the run's disk and delete it, to check the disk and its free space."""
     folder = Path(recipe.directory) / REHEARSAL
     trained = trainable_parameters(policy.module)
-    moment_bytes = MOMENT_BYTES.get(recipe.optim, 0) * sum(p.numel() for p in trained)
+    moment_bytes = MOMENT_BYTES.get(type(recipe.optim), 0) * sum(p.numel() for p in trained)
     try:
         state = TrainingState.first(recipe.settings(), policy)
         merged = not recipe.saves_only_adapters

@@ -77,7 +77,7 @@ def check_processes(recipe: AnyRecipe, processes: int) -> None:
         and "if rollout and learner differ, only one process would search for the layer",
         f"base_quantization={recipe.base_quantization!r}": recipe.base_quantization
         and "bitsandbytes' weights cannot be sharded",
-        "optim=AdamW8bit()": recipe.optim == AdamW8bit() and "its moments cannot be sharded: use AdamW()",
+        "optim=AdamW8bit": isinstance(recipe.optim, AdamW8bit) and "its moments cannot be sharded: use AdamW()",
     }
     for name, reason in conflicts.items():
         if reason:

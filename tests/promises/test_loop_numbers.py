@@ -36,7 +36,7 @@ RATE, PROMPTS, GROUP, SHORTER = 0.5, 3, 4, 5
 A = torch.tensor([[1.0, -0.5, 0.25, -0.75], [0.0, 0.0, 0.0, 0.0], [-1.5, 0.5, 0.75, 0.25]])
 
 
-def descent(parameters, lr, betas, weight_decay):
+def descent(parameters, lr):
     return torch.optim.SGD(parameters, lr=lr)
 
 
@@ -400,7 +400,7 @@ def test_schedule_betas_and_weight_decay_are_those_of_an_adamw_written_by_hand(t
     seen = []
 
     def watched(*arguments, **settings):
-        optimizer = AdamW()(*arguments, **settings)
+        optimizer = AdamW(beta1=first, beta2=second, weight_decay=decay)(*arguments, **settings)
         (group,) = optimizer.param_groups
         optimizer.register_step_pre_hook(lambda *_: seen.append([p.grad.clone().double() for p in group["params"]]))
         return optimizer
@@ -418,9 +418,6 @@ def test_schedule_betas_and_weight_decay_are_those_of_an_adamw_written_by_hand(t
         num_steps=4,
         learning_rate=rate,
         lr_schedule=LinearDecay(warmup_steps=2, constant_until=0.5, final=0.1),
-        adam_beta1=first,
-        adam_beta2=second,
-        weight_decay=decay,
         max_grad_norm=1.0,
     )
     summary, rows = train(recipe), metrics_of(tmp_path)

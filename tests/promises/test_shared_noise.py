@@ -118,7 +118,7 @@ def test_old_rollout_reference_and_current_share_one_noise_object(estimator, fre
 )
 def test_ratios_of_every_inner_update_divide_by_the_same_masks(estimator, tmp_path):
     """Weights that do not move have ratio 1 under any masks, if both sides have them."""
-    given = {"num_iterations": 3, "learning_rate": 1e-30, "beta": 0.0, "weight_decay": 0.0}
+    given = {"num_iterations": 3, "learning_rate": 1e-30, "beta": 0.0}
     train(recipe(tmp_path, estimator, **given))
     (row,) = metrics_of(tmp_path / "run")
     assert row["ratio/mean"] == pytest.approx(1, abs=1e-6)  # of the last update

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from ranks import run_ranks
 from readme import example
 from run_outputs import metrics_of
 from tiny_recipe import Wrapped, with_changes
@@ -241,6 +242,26 @@ def test_all_features_see_each_update_and_one_is_enough_to_skip_it(tmp_path):
     assert row["grad_norm"] > 0, "each feature has a copy of the metrics"
 
 
+OF_ONE_PROCESS = """
+from types import SimpleNamespace
+from accelerate import Accelerator
+from dllm_rl import StepFeature
+from dllm_rl.step.update import is_update_taken
+
+class Skips(StepFeature):
+    def before_update(self, context, metrics):
+        return context.accelerator.process_index != metrics["rank"]
+
+context = SimpleNamespace(accelerator=Accelerator(cpu=True), features=(StepFeature(), Skips()))
+print([is_update_taken(context, {"rank": rank}) for rank in (0, 1, 2)])
+"""
+
+
+def test_what_one_process_skips_is_skipped_in_all():
+    """Else the learners of the processes would differ from there on."""
+    assert [told.splitlines()[-1] for told in run_ranks(OF_ONE_PROCESS, 2)] == ["[False, False, True]"] * 2
+
+
 @pytest.mark.slow
 def test_a_moving_reference_is_resumed_bit_for_bit(tmp_path):
     moving = page("A reference that moves")["MovingReference"]
@@ -308,7 +329,7 @@ def test_a_state_that_no_feature_takes_is_named(tmp_path, capsys):
     assert "no feature of this run takes the checkpoint's state of Counted" in capsys.readouterr().out
 
 
-def last_weights(parameters, *, lr, betas, weight_decay):
+def last_weights(parameters, *, lr):
     return torch.optim.SGD(list(parameters)[-2:], lr=lr)
 
 

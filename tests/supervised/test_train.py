@@ -15,7 +15,7 @@ from run_outputs import assert_same_weights, metrics_of
 from sft_toys import MODELS, ROWS, masks, tiny_sft, trainer_of
 from tiny_recipe import SIZES, tiny_recipe
 
-from dllm_rl.algorithms.optimizers import LinearDecay
+from dllm_rl.algorithms.optimizers import AdamW, LinearDecay
 from dllm_rl.cli.run_recipe import main
 from dllm_rl.config import from_command_line
 from dllm_rl.models.load import load_policy
@@ -172,9 +172,9 @@ def test_an_epoch_shows_every_row_once():
 def test_a_file_of_json_lines_from_the_command_line(tmp_path, monkeypatch):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    words = ["--dataset", str(file), "--output_dir", str(tmp_path / "run"), "--num_steps", "1", "--adam_beta1", "0.8"]
+    words = ["--dataset", str(file), "--output_dir", str(tmp_path / "run"), "--num_steps", "1", "--optim.beta1", "0.8"]
     recipe = from_command_line(tiny_sft(), words)
-    assert recipe.dataset == str(file) and recipe.adam_beta1 == 0.8
+    assert recipe.dataset == str(file) and recipe.optim == AdamW(beta1=0.8, beta2=0.95, weight_decay=0.01)
     monkeypatch.setattr("sys.argv", ["sft.py", *words])
     summary = main(tiny_sft())
     assert summary["eval_rows"] == 1 and summary["recipe"]["dataset"].startswith("15 rows, ")
@@ -243,7 +243,7 @@ def test_replaced_tokens_are_those_of_the_recipes_share():
 def test_a_step_goes_as_far_as_rate_schedule_and_clipped_gradient_say(tmp_path):
     """Plain descent: 0.04 times the first factor of four steps, 1/4, times a gradient scaled down to 0.25."""
 
-    def descent(parameters, lr, betas, weight_decay):
+    def descent(parameters, lr):
         return torch.optim.SGD(parameters, lr=lr)
 
     given = {"optim": descent, "learning_rate": 0.04, "max_grad_norm": 0.25}

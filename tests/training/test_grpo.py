@@ -965,6 +965,10 @@ test_what_has_no_one_meaning_here_is_refused_in_a_line = refused(
         {"lr_scheduler_type": "polynomial"},
         r"lr_scheduler_type='polynomial' \(not one of 'constant', .*'cosine'; for",
     ),
+    (
+        {"optim": torch.optim.SGD, "weight_decay": 0.1},
+        r"optim.weight_decay=0.1 is not a setting of optim=FunctionOptimizer\(function=torch.optim.sgd.SGD\); leave",
+    ),
     ({"lr_scheduler_type": "linear", "warmup_steps": 0.1}, "warmup_steps=0.1 is of type float; give int"),
     ({"warmup_ratio": 0.1}, r"warmup_ratio \(the nearest is warmup_steps\)"),
     (

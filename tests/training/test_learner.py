@@ -64,7 +64,7 @@ def test_an_aligned_forward_sees_every_update_also_of_an_optimizer_that_autograd
     rows = []
     for optimizer in (torch.optim.SGD, Uncounted):
 
-        def optim(parameters, lr, betas, weight_decay, optimizer=optimizer):
+        def optim(parameters, lr, optimizer=optimizer):
             return optimizer(parameters, lr=lr)
 
         changes = {"optim": optim, "corrector": Aligned(), "rollout_quantization": int3_emulated, "num_iterations": 3}

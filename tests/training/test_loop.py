@@ -191,7 +191,7 @@ def test_dynamic_sampling_with_nothing_to_replace_changes_nothing(tmp_path):
     assert_same_weights(a, b)
 
 
-def descent(parameters, lr, betas, weight_decay):
+def descent(parameters, lr):
     return torch.optim.SGD(parameters, lr=lr)
 
 
@@ -201,12 +201,12 @@ def test_parameter_groups_keep_the_ratio_of_their_rates(tmp_path):
     another.
     """
     for optimizer in (torch.optim.SGD, torch.optim.AdamW):
-        used = []  # both rates, and the weight decay, in each update
+        used, decay = [], [0.0]  # both rates, and the weight decay, in each update
 
-        def two_groups(parameters, lr, betas, weight_decay, optimizer=optimizer, used=used):
+        def two_groups(parameters, lr, optimizer=optimizer, used=used, decay=decay):
             first, *others = parameters
             groups = [{"params": [first], "lr": 3 * lr}, {"params": others, "lr": 0.002}]
-            made = optimizer(groups, lr=lr, weight_decay=weight_decay)
+            made = optimizer(groups, lr=lr, weight_decay=decay[0])
 
             def record(*_):
                 used.append([group["lr"] for group in made.param_groups] + [made.param_groups[0]["weight_decay"]])
@@ -216,9 +216,10 @@ def test_parameter_groups_keep_the_ratio_of_their_rates(tmp_path):
 
         changes = {"optim": two_groups, "lr_schedule": LinearWithWarmup(), "lr_schedule_steps": 2}
         folder = tmp_path / optimizer.__name__
-        train(tiny_recipe(folder, num_steps=1, learning_rate=1e-3, weight_decay=0.0, **changes))
-        changes |= {"allow_changed": "learning_rate,weight_decay", "resume_from_checkpoint": "latest"}
-        train(tiny_recipe(folder, num_steps=2, learning_rate=1e-2, weight_decay=0.3, **changes))
+        train(tiny_recipe(folder, num_steps=1, learning_rate=1e-3, **changes))
+        decay[0] = 0.3
+        changes |= {"allow_changed": "learning_rate,optim", "resume_from_checkpoint": "latest"}
+        train(tiny_recipe(folder, num_steps=2, learning_rate=1e-2, **changes))
         assert [row["learning_rate"] for row in metrics_of(folder)] == pytest.approx([1e-3, 0.5e-2])
         assert used[0] == pytest.approx([3e-3, 2e-3, 0.0]) and used[-1] == pytest.approx([1.5e-2, 1e-3, 0.3])
 

@@ -212,7 +212,7 @@ def test_slurm_gives_its_gpus_back_where_ray_does_not_start(tmp_path, commands, 
             "warmup.steps=5 with lora cannot be combined with shard_size=2",
         ),
         ({"zero_mismatch": True, "rollout_quantization": None}, "zero_mismatch=True cannot be combined"),
-        ({"optim": AdamW8bit()}, r"optim=AdamW8bit\(\) cannot be combined"),
+        ({"optim": AdamW8bit()}, "optim=AdamW8bit cannot be combined"),
     ],
 )
 def test_what_does_not_go_with_a_shared_out_learner_is_refused(tmp_path, change, said):

@@ -235,13 +235,14 @@ def persistent_bytes(step: PlannedStep) -> dict[str, int]:
         quantized = sum(base_of(layer).weight.numel() for layer in blocks if not is_stacked(base_of(layer)))
     weights = int(quantized * (NF4_BYTES if recipe.base_quantization == "nf4" else 1))
     weights += (num_weights(module) - quantized) * step.dtype.itemsize
+    has_8bit_moments = isinstance(recipe.optim, AdamW8bit)
     sharded = {
         "weights": weights,
         "adapters": trained_bytes * has_adapters,
         "reference": weights * (recipe.needs_reference_policy and not has_adapters),  # of adapters, the base model
         "gradients": trained_bytes,
         # Another optimizer than the library's counts as AdamW.
-        "optimizer": int(BYTES_OF_ADAMW8BIT * num_trained) if recipe.optim == AdamW8bit() else 2 * trained_bytes,
+        "optimizer": int(BYTES_OF_ADAMW8BIT * num_trained) if has_8bit_moments else 2 * trained_bytes,
     }
     sizes = {name: -(-size // step.shard_size) for name, size in sharded.items()} | {"rollout copy": copy_bytes(step)}
     return {name: size for name, size in sizes.items() if size or name == "gradients"}

@@ -214,7 +214,7 @@ def memory_remedies(step: PlannedStep) -> list[str]:
         "--gradient_checkpointing": is_decoder and not recipe.gradient_checkpointing,
         smaller: lora is None or lora.r > 16,
         "--base_quantization nf4": can_quantize and recipe.base_quantization is None,
-        "--optim AdamW8bit": not sharded and recipe.optim != AdamW8bit(),
+        "--optim AdamW8bit": not sharded and not isinstance(recipe.optim, AdamW8bit),
         "on several GPUs --shard_size 0 --optim AdamW": not sharded and shards_well and not recipe.zero_mismatch,
     }
     return [remedy for remedy, helps in remedies.items() if helps]
