@@ -82,7 +82,7 @@ class Callback:
     def state(self) -> dict[str, Any] | None:
         """Return what a resumed run needs of this callback: JSON values by name. Called after the hooks of each step.
 
-        None (default): a resume starts the callback anew, and says so. Return {} if there is nothing to restore.
+        None (default): a resume starts the callback over, and says so. Return {} if there is nothing to restore.
         """
         return None
 

@@ -129,7 +129,7 @@ def override(recipe: Settings, arguments: Sequence[str]) -> Settings:
         raise ValueError("\n".join(problems))
     unwritten = _tasks_of_a_script(recipe) if ("print_config", None) in options else set()
     if problems := [path for path, _ in options if path.split(".")[0] in unwritten]:
-        raise ValueError(f"--{problems[0]}: --print_config leaves out the task, whose rows are no text: give it later")
+        raise ValueError(f"--{problems[0]}: --print_config leaves out the task, whose rows are not text: give it later")
     names = {path.split(".")[0] for path, _ in options}
     if names & {"help", "print_config"}:
         names |= settable.keys() - unwritten
@@ -306,7 +306,7 @@ def _file_options(file: str) -> list[tuple[str, str | None]]:
     except OSError as error:
         raise ValueError(f"config={file!r}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"config={file!r} is no YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"config={file!r} is not YAML: {' '.join(str(error).split())}") from None
     if settings is None:
         raise ValueError(f"config={file!r} has no lines NAME: VALUE")
     options: dict[str, str | None] = {}
@@ -368,7 +368,7 @@ def read_value(text: str, annotation: Any, path: str) -> Any:
     number is meant. `path` is the name of the setting, for errors.
 
     Raises:
-        ValueError: The text is no YAML.
+        ValueError: The text is not YAML.
     """
     kinds = union_members(annotation)
     if text == "none" and types.NoneType in kinds:
@@ -379,7 +379,7 @@ def read_value(text: str, annotation: Any, path: str) -> Any:
         node = _composed(text)
         return None if node is None else _value_of(node, annotation, path)
     except yaml.YAMLError as error:
-        raise ValueError(f"{path}={text!r} is no YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path}={text!r} is not YAML: {' '.join(str(error).split())}") from None
 
 
 def _words(kinds: Sequence[Any]) -> list[Any]:
@@ -422,7 +422,7 @@ def _check_option(
     """Return the text of an option as YAML: null for `none`, a list for `1,2`. `settings`: those of the recipe.
 
     Raises:
-        ValueError: There is no such setting of the classes that the options choose, or the text is no value of it.
+        ValueError: There is no such setting of the classes that the options choose, or the text is not a value of it.
     """
     *parents, last = path.split(".")
     owner, prefix, value = type(recipe), "", recipe
@@ -505,7 +505,7 @@ def class_named(base: type[Record], text: str, path: str) -> type[Record]:
     found = import_named(text, path)
     if isinstance(found, type) and issubclass(found, base):
         return found
-    raise ValueError(f"{path}={text!r} is no subclass of {base.__name__}")
+    raise ValueError(f"{path}={text!r} is not a subclass of {base.__name__}")
 
 
 def import_named(text: str, path: str) -> Any:

@@ -117,7 +117,7 @@ def folders_beside(path: str | Path) -> str:
 def check_is_folder(path: str | Path, what: str) -> None:
     """Raise ValueError unless a path is a folder; `what` is what the user must give, such as "a run's folder"."""
     if not Path(path).is_dir():
-        problem = "is no folder" if Path(path).exists() else "does not exist"
+        problem = "is not a folder" if Path(path).exists() else "does not exist"
         raise ValueError(f"{path} {problem}; give {what}{folders_beside(path)}")
 
 
@@ -165,7 +165,7 @@ class Record:
 
     @classmethod
     def convert(cls, value: Any) -> Any:
-        """Return the record that another value stands for; None if it is no such value.
+        """Return the record that another value stands for; None if it is not such a value.
 
         A function stands for the `FunctionRecord` among the subclasses, if there is one.
         """
@@ -187,7 +187,7 @@ class Record:
 
     @classmethod
     def _unknown(cls, name: str) -> str:
-        """Return a name that is no field for an error message, with the path of the setting, or the nearest field."""
+        """Return an unknown field's name for an error message, with the path of the setting, or the nearest field."""
         if name in cls.GROUPED:
             return f"{name} (it is {cls.GROUPED[name]})"
         return with_nearest(name, [setting.name for setting in dataclasses.fields(cls)])  # type: ignore[arg-type]
@@ -279,7 +279,9 @@ def fit(name: str, annotation: Any, value: Any, bound: Bound | None = None) -> A
     protocols = tuple(kind for kind in kinds if getattr(kind, "_is_protocol", False))
     is_other = isinstance(value, type) or not isinstance(value, protocols)
     if protocols and not {*kinds} - {*protocols} and is_other:
-        raise ValueError(f"{name}={describe(value)} is no {protocols[0].__name__}; give an object of a class like it")
+        raise ValueError(
+            f"{name}={describe(value)} is not of type {protocols[0].__name__}; give an object of a class like it"
+        )
     if not words:
         check_scalar(name, kinds, value)
     if isinstance(value, Real) and not isinstance(value, bool):
@@ -317,7 +319,7 @@ def _fit_record(name: str, base: type[Record], kinds: tuple[Any, ...], value: An
         return converted
     known = [*subclasses(base)]
     remedy = f"{base.__name__}(...)" if known == [base.__name__] else f"one of {', '.join(known)}, or one of your own"
-    raise ValueError(f"{name}={describe(value)} is no {base.__name__}; give {remedy}")
+    raise ValueError(f"{name}={describe(value)} is not of type {base.__name__}; give {remedy}")
 
 
 def subclasses(base: type[Record]) -> dict[str, type[Record]]:
@@ -450,7 +452,7 @@ def _main_module_name() -> str:
 
 
 def without_folders(stored: Any) -> str:
-    """Return a setting that `to_json` returned as text, in which the running script stands without its folders: these
+    """Return a setting that `to_json` returned as text, in which the running script appears without its folders: these
     are relative to the working directory. Only the script's own folders are left out, not those of another module.
     """
     script = Path(getattr(sys.modules["__main__"], "__file__", None) or "__main__").resolve()
@@ -491,13 +493,13 @@ def from_json(base: type[Record], value: Any, name: str) -> Any:
     """Return the record that `to_json` stored, or of the class that a text names. Only imported classes are made.
 
     Raises:
-        ValueError: The value is no such record, or its class or a function in it is defined in a script.
+        ValueError: The value is not such a record, or its class or a function in it is defined in a script.
     """
     stored = {"class_path": value, "init_args": {}} if isinstance(value, str) else value
     is_record = isinstance(stored, dict) and stored.keys() == {"class_path", "init_args"}
     if not is_record or not isinstance(stored["init_args"], dict):
         raise ValueError(
-            f'{name}={value!r} is no {base.__name__}; give a name, or {{"class_path": .., "init_args": ..}}'
+            f'{name}={value!r} is not of type {base.__name__}; give a name, or {{"class_path": .., "init_args": ..}}'
         )
     record = subclass_named(base, str(stored["class_path"]), name)
     return make_record(record, stored["init_args"])
@@ -513,7 +515,7 @@ def make_record(record: type[Made], settings: Mapping[str, Any]) -> Made:
     for name in settings:
         if name not in known:
             remedy = f"{nearest_hint(name, known, '{!r}')} ({', '.join(known)})" if known else "; it has no settings"
-            raise ValueError(f"{name}={settings[name]!r} is no setting of {record.__name__}{remedy}")
+            raise ValueError(f"{name}={settings[name]!r} is not a setting of {record.__name__}{remedy}")
     if missing := sorted(required_settings(record).keys() - settings.keys()):
         raise ValueError(f"{record.__name__} needs {', '.join(missing)}")
     defaults = {f.name: f.default for f in dataclasses.fields(record)}  # type: ignore[arg-type]

@@ -259,7 +259,7 @@ def test_a_class_of_ones_own_with_options_of_its_own(recipe, own_module, capsys)
         ([*chosen[:3], "0"], "corrector.strength=0 must be above 0"),
         ([*chosen, "--corrector.strenth", "1"], "the nearest is --corrector.strength"),
         (["--corrector", "own_method.Mne"], "has no attribute 'Mne'; give MODULE.NAME"),
-        (["--kl", own_module], "is no subclass of KL"),
+        (["--kl", own_module], "is not a subclass of KL"),
     ]:
         (line,) = errors(recipe, words, capsys)
         assert message in line
@@ -300,7 +300,7 @@ def test_a_script_of_the_recipes(recipe):
         ("--loss nowhere.at_all.x", "No module named 'nowhere'; give MODULE.NAME"),
         ("--loss .x", "loss='.x': "),
         ("--loss math.pi", "loss='math.pi' is neither a function nor a class"),
-        ("--corrector dllm_rl.likelihoods.estimators.ELBO", "is no subclass of Corrector"),
+        ("--corrector dllm_rl.likelihoods.estimators.ELBO", "is not a subclass of Corrector"),
         (
             "--corrector NoCorrection --corrector.cap 3",
             "--corrector.cap is not a setting of NoCorrection, which has none",
@@ -427,7 +427,7 @@ def test_a_printed_config_leaves_out_the_rows_and_functions_of_a_script(rows, re
 @pytest.mark.parametrize("words", ["--num_steps {1", "--task.clues [1", "--sampler.suppress [1"])
 def test_text_that_is_no_yaml_is_refused_in_a_line(recipe, words, capsys):
     (line,) = errors(recipe, words.split(), capsys)
-    assert "is no YAML" in line and line.startswith(f"error: {words.split()[0][2:]}=")
+    assert "is not YAML" in line and line.startswith(f"error: {words.split()[0][2:]}=")
 
 
 @pytest.mark.slow
@@ -479,7 +479,7 @@ def test_a_later_config_chooses_another_class(recipe, tmp_path):
         ("corrector:\n  class_path: TSI\n", ["corrector='TSI' is not known; the nearest is TIS"]),
         ("task:\n  clues: x\n", ["task.clues='x' must be a tuple"]),
         ("num_steps\n", ["has no lines NAME: VALUE"]),
-        ("num_steps: [1\n", ["is no YAML"]),
+        ("num_steps: [1\n", ["is not YAML"]),
     ],
 )
 def test_a_wrong_config_is_refused_by_the_same_lines(recipe, text, wanted, tmp_path, capsys):
@@ -542,7 +542,7 @@ def test_a_text_of_a_class_stays_as_it_is_written(recipe, own_module, text, tmp_
         ("name: #4\n", "name has no value in the file"),
         ("name: &a\nnum_steps: 3\n", "name has no value in the file"),
         ("num_steps:\nname: a\n", "num_steps has no value in the file"),
-        ("corrector: &this {cap: *this}\n", "is no YAML: maximum recursion"),
+        ("corrector: &this {cap: *this}\n", "is not YAML: maximum recursion"),
         ("name: !env HOME\n", "tags are not read"),
         ("num_steps: 1:30\n", "num_steps='1:30' is of type str; give int"),
         ("num_steps: 010\n", "num_steps='010' is of type str; give int"),

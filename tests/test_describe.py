@@ -34,7 +34,7 @@ class Bonus:
 def test_an_object_is_its_class_and_what_its_constructor_got():
     one = Bonus(2, ["a", "b"], "secret")
     text = describe(one)
-    one.calls += 7  # what changes in a run is no setting
+    one.calls += 7  # what changes in a run is not a setting
     assert text == describe(Bonus(2, ["a", "b"], "secret")) == describe(one)
     assert re.fullmatch(r"[\w.]+\.Bonus\(weight=2, words=#\w{12}, key=#\w{12}, then=None\)", text), text
     others = [Bonus(3, ["a", "b"], "secret"), Bonus(2, ["a", "c"], "secret"), Bonus(2, ["a", "b"], "other")]

@@ -375,7 +375,7 @@ def test_a_recipe_refuses_what_float32_cannot_hold(value):
 )
 def test_a_record_of_another_kind_is_not_taken_for_a_function(base, callable_record):
     with pytest.raises(
-        ValueError, match=rf"^setting={type(callable_record).__name__}\(.* is no {base.__name__}; give one"
+        ValueError, match=rf"^setting={type(callable_record).__name__}\(.* is not of type {base.__name__}; give one"
     ):
         fit("setting", base, callable_record)
 

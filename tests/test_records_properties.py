@@ -135,5 +135,5 @@ def test_a_class_attribute_is_no_setting():
     assert "inputs" not in annotations_of(dllm_rl.PPOClip)
     for record in RECORDS.values():
         assert list(annotations_of(record)) == [field.name for field in dataclasses.fields(record)]
-    with pytest.raises(ValueError, match=r"inputs=.* is no setting of PPOClip"):
+    with pytest.raises(ValueError, match=r"inputs=.* is not a setting of PPOClip"):
         make_record(dllm_rl.PPOClip, {"inputs": []})

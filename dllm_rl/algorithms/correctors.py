@@ -258,7 +258,7 @@ def check_state(corrector: Corrector, state: dict[str, Any]) -> None:
 
 
 def _check_values(corrector: Corrector, weights: Tensor, loss_mask: Tensor, mask: Bool[Tensor, "B T"]) -> None:
-    """Raise ValueError for a loss mask with tokens outside `mask`, or for weights in it that are no weights."""
+    """Raise ValueError for a loss mask with tokens outside `mask`, or for weights in it that are not weights."""
     trained = weights[loss_mask]
     if wrong := trained[~(trained.isfinite() & (trained >= 0))].tolist():
         raise ValueError(

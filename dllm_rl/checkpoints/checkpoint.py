@@ -275,7 +275,7 @@ def locate(
         The checkpoint. None if `which` is "latest" and there is no checkpoint.
 
     Raises:
-        ValueError: The path is no checkpoint, `compare` raised, or every checkpoint is damaged.
+        ValueError: The path is not a checkpoint, `compare` raised, or every checkpoint is damaged.
     """
     if which != "latest":
         path = Path(which)

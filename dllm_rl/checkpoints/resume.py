@@ -78,7 +78,7 @@ def allowed_changes(settings: dict[str, Any]) -> set[str]:
     names = [name for part in (settings["allow_changed"] or "").split(",") if (name := part.strip())]
     for name in names:
         if name not in settings:
-            raise ValueError(f"allow_changed: {name!r} is no setting{nearest_hint(name, settings)}")
+            raise ValueError(f"allow_changed: {name!r} is not a setting{nearest_hint(name, settings)}")
         if name in CANNOT_CHANGE:
             raise ValueError(
                 f"allow_changed: the checkpoint's weights and moments depend on {name}; start a new run with "

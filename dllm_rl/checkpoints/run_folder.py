@@ -193,6 +193,6 @@ def check_not_deleted(recipe: Settings, directory: Path) -> None:
         parents = [*Path(source).resolve().parents, Path(source).resolve()] if isinstance(source, str) else []
         if any((directory / name).resolve() in parents for name in OF_A_RUN):
             raise ValueError(
-                f"{setting}={source!r} is of the run in output_dir={str(directory)!r}, which "
+                f"{setting}={source!r} belongs to the run in output_dir={str(directory)!r}, which "
                 f"{as_written(overwrite_output_dir=True)} would delete; give another output_dir"
             )

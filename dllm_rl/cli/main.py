@@ -53,11 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_fields(arguments: argparse.Namespace) -> None:
-    """Raise ValueError for a field such as --commit.tau whose class was not named, or is no option of the command."""
+    """Raise ValueError for a field such as --commit.tau whose class was not named or is not an option."""
     for method, values in arguments.fields.items():
         if getattr(arguments, method, None) is None:
             has_option = hasattr(arguments, method)
-            remedy = f"needs --{method}, the class with this setting" if has_option else "is no option of this command"
+            remedy = (
+                f"needs --{method}, the class with this setting" if has_option else "is not an option of this command"
+            )
             raise ValueError(f"--{method}.{min(values)} {remedy}")
 
 

@@ -69,7 +69,7 @@ def read_methods(
     classes = [None if name == "none" else class_named(base, name, option) for name in names]
     for field in settings:
         if not any(record is not None and field in annotations_of(record) for record in classes):
-            raise ValueError(f"{prefix}{option}.{field} is no setting of {', '.join(names)}; leave it out")
+            raise ValueError(f"{prefix}{option}.{field} is not a setting of {', '.join(names)}; leave it out")
     methods: list[Any] = []
     for record in classes:
         if record is None:

@@ -114,13 +114,13 @@ def sampler_of(model: str, field: str = "eval_sampler") -> "Sampler | None":
     from dllm_rl.samplers import Sampler
 
     recipe = recipe_of(model)
-    if recipe is None or field not in recipe:  # of SFT
+    if recipe is None or field not in recipe:  # from SFT
         return None
     try:
         sampler: Sampler = from_json(Sampler, recipe.get(field), field)
     except ValueError:
         stored = f"{field}={recipe.get(field)}"
-        note = f"note: {stored} is not of the library, so the command uses its default; evaluate(...) takes yours"
+        note = f"note: {stored} is not part of the library, so the command uses its default; evaluate(...) takes yours"
         print(escape_controls(note), file=sys.stderr)
         return None
     return sampler

@@ -1,4 +1,4 @@
-"""`dllm-rl status`: where a run stands, from the files in its folder."""
+"""`dllm-rl status`: how far a run is, from the files in its folder."""
 
 import argparse
 import math

@@ -26,7 +26,7 @@ def text_of(policy: Policy, ids: Sequence[int], *, continues: bool = True) -> st
     """Return the text of token ids, without special tokens but `text_tokens`, and without the spaces between symbols
     (`symbol_pattern`).
 
-    With `continues`, the ids stand behind other tokens, as a completion's do; then a space before them is a part of the
+    With `continues`, the ids come after other tokens, as a completion's do; then a space before them is a part of the
     text. Otherwise they begin a text.
     """
     tokenizer = policy.tokenizer

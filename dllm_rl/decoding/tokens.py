@@ -39,7 +39,7 @@ def text_ids(
         text: Text, or a piece of one.
         special: Whether the text of every special token becomes that token. Otherwise only `text_tokens` do.
         spelled: Whether all texts of special tokens are ordinary text.
-        continues: Whether the text stands behind other tokens, as a completion does. Then nothing is added before it,
+        continues: Whether the text comes after other tokens, as a completion does. Then nothing is added before it,
             such as the mark with which many tokenizers begin a text.
 
     Raises:
@@ -113,7 +113,7 @@ def text_ids(
 def _comparable(text: str) -> str:
     """Return a text without what tokenizers may change: whitespace, case, and the form of a character.
 
-    A character of another meaning, such as an exponent or a letter of another alphabet, is no form.
+    A character of another meaning, such as an exponent or a letter of another alphabet, is not a form.
     """
     if not text.isascii():
         characters = unicodedata.normalize("NFC", text)

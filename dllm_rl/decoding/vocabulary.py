@@ -7,10 +7,6 @@ from functools import lru_cache, partial
 from itertools import islice
 from typing import Any
 
-import torch
-from jaxtyping import Int
-from torch import Tensor
-
 from dllm_rl.decoding.chat_template import TEMPLATE_ERRORS, fixed_template
 from dllm_rl.models.base import Policy, Tokenizer
 
@@ -158,7 +154,7 @@ def _added_special(tokenizer: Any) -> dict[int, str]:
 
 
 def text_beginnings(tokenizer: Any) -> list[tuple[str, list[int]]]:
-    """Return short texts, each with its ids, behind which a tokenizer reads a text as it stands; [] if it reads every
+    """Return short texts, each with its ids, after which a tokenizer reads a text as it is; [] if it reads every
     text so.
 
     Many tokenizers begin a text with the mark of a word, which is a space in what they decode.
@@ -188,15 +184,6 @@ def _beginnings_of(tokenizer: Any) -> list[tuple[str, list[int]]]:
 def any_of(texts: Sequence[str]) -> re.Pattern[str]:
     """Return a pattern that matches each of the texts; without texts it matches nothing."""
     return re.compile("|".join(map(re.escape, texts)) or r"(?!)")
-
-
-def ordinary_ids(policy: Policy) -> Int[Tensor, " V"]:
-    """Return the ids of the vocabulary that are not special tokens, in ascending order."""
-    size = len(policy.tokenizer) if hasattr(policy.tokenizer, "__len__") else policy.vocab_size
-    added = getattr(policy.tokenizer, "added_tokens_decoder", {})
-    special = {policy.pad_id, policy.spec.mask_id, *policy.spec.eos_ids}
-    special |= {token for token in added if added[token].special}
-    return torch.tensor([i for i in range(min(size, policy.vocab_size)) if i not in special])
 
 
 def special_texts(tokenizer: Tokenizer) -> list[str]:

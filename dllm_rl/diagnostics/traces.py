@@ -208,7 +208,7 @@ def _tensor(
     """Return a field as a tensor (1, T), with NaN for null if the numbers are floats.
 
     Raises:
-        ValueError: It is no list with a number between `low` and `high` for each token.
+        ValueError: It is not a list with a number between `low` and `high` for each token.
     """
     items, tokens = values.get(name), values.get("tokens")
     if not isinstance(items, list) or not isinstance(tokens, list) or len(items) != len(tokens):

@@ -154,7 +154,7 @@ class Stop:
 
 
 def _as_before_runs() -> None:
-    """Give a forked process the signal handlers that its parent had before its runs: it is none of the run."""
+    """Give a forked process the signal handlers that its parent had before its runs: it is not part of the run."""
     for number in SIGNALS:
         stop = getattr(signal.getsignal(number), "__self__", None)
         if isinstance(stop, Stop):

@@ -58,7 +58,7 @@ def check_model(
     """Check whether the library works with a model, and what its quantized rollouts are worth.
 
     The model is always loaded first. A section that fails does not hide the others. After each section the report is
-    written anew, so that an interrupted check keeps what is known.
+    rewritten, so that an interrupted check keeps what is known.
 
     Args:
         open_model: Function that loads the model.

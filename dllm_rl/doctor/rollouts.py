@@ -77,7 +77,7 @@ def sampler_section(subject: Subject) -> Finding:
     }
     line = f"{report.num_rows} completions, {rollout.forwards} forwards of {seconds:.3g} s; {report.verdict}"
     if report.ok:
-        advice = "read the completions: if they are no answers, rewards will be near 0, so train supervised first"
+        advice = "read the completions: if they are not answers, rewards will be near 0, so train supervised first"
         return Finding("ok", line, advice, "", numbers, shown)
     if not report.differs and all(fault.kind == "order" for fault in report.faults):
         advice = (

@@ -28,7 +28,7 @@ from dllm_rl.testing.tiny_checkpoint import CHAT, PARAGRAPH
 FOLDS = 4  # each token is hidden once, together with a quarter of the others
 # Nats per token. Without a model of the language both texts are equally hard; the difference is above 4 nats for a
 # model of billions of weights, and 2 to 3 for one of a hundred million. With about 150 hidden tokens its standard error
-# is 0.2 to 0.3, so that 1 is no accident.
+# is 0.2 to 0.3, so that 1 is not an accident.
 MIN_GAIN = 1.0
 # Nats per token by which an alternative must be better. The right one of two is better by more than 1 nat, and two
 # views of the same tokens differ by chance by about 0.1.

@@ -88,7 +88,7 @@ def sampler_of_run(stored: Any, field: str = "eval_sampler") -> Sampler | None:
     try:
         sampler: Sampler = from_json(Sampler, stored, field)
     except ValueError:
-        warnings.warn(f"{field}={stored} is not of the library, so the default is used; pass yours", stacklevel=3)
+        warnings.warn(f"{field}={stored} is not part of the library, so the default is used; pass yours", stacklevel=3)
         return None
     return sampler
 

@@ -403,8 +403,8 @@ def wrap_model(model: Any, tokenizer: Tokenizer) -> str | Policy | Callable[...,
     kind = type(model).__name__
     if not isinstance(model, str | Path | nn.Module | Policy) and not callable(model):
         raise ValueError(
-            f"model={model!r} is none of these: a checkpoint's folder, a hub id, a transformers model, a policy, or a "
-            "function that makes one"
+            f"model={model!r} is not one of these: a checkpoint's folder, a hub id, a transformers model, a policy, or "
+            "a function that makes one"
         )
     if isinstance(model, nn.Module) and not isinstance(model, Policy):
         if tokenizer is None:

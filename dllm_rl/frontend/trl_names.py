@@ -274,7 +274,7 @@ def check_names(keywords: Mapping[str, Any], known_names: Set[str], targets: Map
 
 
 def unknown(name: str, known: Set[str], given: str | None = None) -> str:
-    """Return a name that is no setting, or as it was `given`, with what is nearest to it."""
+    """Return a name that is not a setting, or as it was `given`, with what is nearest to it."""
     if name in Recipe.GROUPED:
         group, _, field = Recipe.GROUPED[name].partition(".")
         return f"{given or name} (give {group}={{'{field}': ...}})"
@@ -307,7 +307,7 @@ def batch_sizes(keywords: dict[str, Any]) -> dict[str, Any]:
     They are micro_batch_size (rows of a forward), train_batch_size (prompts) and num_generations, by default TRL's.
 
     Raises:
-        ValueError: The completions of a step are no complete groups.
+        ValueError: The completions of a step are not complete groups.
     """
     if not keywords.keys() & set(BATCH_SIZES):
         return {}
@@ -318,7 +318,7 @@ def batch_sizes(keywords: dict[str, Any]) -> dict[str, Any]:
     completions = rows * forwards * num_launched()
     if completions % generations:
         raise ValueError(
-            f"per_device_train_batch_size={rows} gives {completions} completions per step, no multiple of "
+            f"per_device_train_batch_size={rows} gives {completions} completions per step, which is not a multiple of "
             f"num_generations={generations}; use a multiple, or train_batch_size, in prompts"
         )
     sizes = {"micro_batch_size": rows, "train_batch_size": completions // generations}

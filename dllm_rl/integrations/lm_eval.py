@@ -165,7 +165,7 @@ class HarnessModel(TemplateLM):
         for name, value in given.items():
             if name != "until" and (name not in OFF or value != OFF[name]):
                 remedy = f"give --gen_kwargs {name}={OFF[name]}" if name in OFF else "leave it out of generation_kwargs"
-                raise ValueError(f"the task's {name}={value!r} is no setting of the samplers; {remedy}")
+                raise ValueError(f"the task's {name}={value!r} is not a setting of the samplers; {remedy}")
         own_length = self.sampler.max_new_tokens
         return int(next(iter(lengths.values()), own_length)) if self.is_task_length else own_length
 

@@ -79,8 +79,8 @@ class Oracle(Callback):
             batch. Default: 1.
 
     Raises:
-        ValueError: The function is async, no function, or accepts `**columns`, whatever it reads of them; or a number
-            is below 1.
+        ValueError: The function is async, is not a function, or accepts `**columns`, whatever it reads of them; or a
+            number is below 1.
     """
 
     graded_once = True  # after an exception the texts are not graded again one by one
@@ -184,7 +184,7 @@ class Oracle(Callback):
         return rewards
 
     def _remember(self, key: str, reward: float | None, step: int) -> None:
-        if reward is not None:  # None is no measurement: the text is called again
+        if reward is not None:  # None is not a measurement: the text is called again
             self._known[key] = reward
             self._first_step.setdefault(key, step)
 

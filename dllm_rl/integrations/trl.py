@@ -359,7 +359,7 @@ def open_policy(model: Any, processing_class: Any, args: Any) -> Policy:
     """Return the policy of the trainer's `model`, whose module TRL can train.
 
     Raises:
-        ValueError: `model` is none of those that the trainer takes, or does not fit the other arguments.
+        ValueError: `model` is not one of those that the trainer takes, or does not fit the other arguments.
     """
     if isinstance(model, str | Path):
         policy: Any = load_policy(model, dtype=(args.model_init_kwargs or {}).get("dtype", torch.float32))
@@ -390,7 +390,7 @@ def open_policy(model: Any, processing_class: Any, args: Any) -> Policy:
     module = policy.module
     if not isinstance(module, PreTrainedModel):
         kind = type(module).__name__
-        raise ValueError(f"model's module, {kind}, is none of transformers' models, which TRL needs; use grpo")
+        raise ValueError(f"model's module, {kind}, is not one of transformers' models, which TRL needs; use grpo")
     if getattr(module, "generation_config", None) is None:  # TRL writes to it
         module.generation_config = GenerationConfig(eos_token_id=list(policy.spec.eos_ids))
     return policy

@@ -457,7 +457,7 @@ class VLLMSampler(Autoregress):
         logprobs[is_drawn] = torch.tensor([logprob for each in completions for logprob in each.logprobs])
         if not (logprobs > -9999).all():  # which a server sends in place of NaN
             raise ValueError(
-                "vLLM returns log-probs that are no numbers: its weights, or its number format, have failed"
+                "vLLM returns log-probs that are not numbers: its weights, or its number format, have failed"
             )
         drawn = Drawn(tokens.to(policy.device), logprobs.to(policy.device), torch.zeros_like(logprobs))
         return left_to_right_rollout(policy, prompts, sampling_params, drawn, is_drawn.to(policy.device))

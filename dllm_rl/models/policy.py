@@ -193,7 +193,7 @@ class ModulePolicy:
 
     def complete(self, prompts: Any, **options: Any) -> Any:
         """Return `dllm_rl.complete(self, prompts, **options)`: `policy.complete("37=", temperature=1)`."""
-        import dllm_rl  # the public face: samplers stand above policies
+        import dllm_rl  # the public face: samplers are above policies
 
         return dllm_rl.complete(self, prompts, **options)
 

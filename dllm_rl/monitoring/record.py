@@ -18,7 +18,7 @@ from dllm_rl.monitoring.health import (
 ESS = "rollout_corr/ess"
 MISMATCH = "rollout_corr/abs_log_ratio_mean"
 ROUNDING = 1e-6  # nats; a smaller mismatch, as without a copy, is not shown
-NOT_TRAINING = ("time/evaluation", "time/warm-up")  # stages that are no part of the seconds a step
+NOT_TRAINING = ("time/evaluation", "time/warm-up")  # stages that are not part of the seconds a step
 
 
 class RunRecord:

@@ -440,7 +440,7 @@ def order_agreement(policy: Policy, rollout: Rollout) -> dict[str, tuple[Tensor,
     Returns:
         (sum, count) pairs: order_agreement, the share of committed positions that the policy chooses too, and
         order_agreement_rows, the share of prompts for which both choose the same positions. Empty if the rollout's rank
-        is none of the three, or if its commit rule rewrites tokens.
+        is not one of the three, or if its commit rule rewrites tokens.
     """
     order, mask_id = rollout.order, policy.spec.mask_id
     if order is None or order.rank_name not in DETERMINISTIC or mask_id is None or rollout.events is not None:

@@ -70,14 +70,14 @@ class _Rule:
 
     @property
     def is_custom(self) -> bool:
-        """Whether it is not of the library."""
+        """Whether it comes from outside the library."""
         return isinstance(self, FunctionRecord) or not type(self).__module__.startswith("dllm_rl.")
 
     def check_order(self, kind: str, order: str, orders: tuple[str, ...]) -> None:
         """Raise ValueError if a custom rule declares none of these orders, and no order of the library's own rules."""
         if self.is_custom and order not in (*orders, "unknown", "max_prob", *SCORED_ORDERS):
             raise ValueError(
-                f"{kind}={self.name} declares order={order!r}, which is none of {', '.join(orders)}; leave order "
+                f"{kind}={self.name} declares order={order!r}, which is not one of {', '.join(orders)}; leave order "
                 "out if the probability of the positions is not known"
             )
 

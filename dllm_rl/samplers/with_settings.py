@@ -33,7 +33,7 @@ def with_settings(policy: Policy, settings: Mapping[str, Any], defaults: Sampler
     for name, value in settings.items():
         if name not in known:
             raise ValueError(
-                f"{name}={value!r} is no setting of {sampler.__name__}, the sampler of this model; leave it out"
+                f"{name}={value!r} is not a setting of {sampler.__name__}, the sampler of this model; leave it out"
             )
     default_values = {} if defaults is None else {each.name: getattr(defaults, each.name) for each in fields(defaults)}
     values = default_values | dict(settings)

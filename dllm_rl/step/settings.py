@@ -46,7 +46,7 @@ class UpdateSettings:
 class StepSettings(Settings):
     """The settings of a training step.
 
-    A setting stands here if the step reads it, and in `Recipe` if only the run around the step does.
+    A setting is here if the step reads it, and in `Recipe` if only the run around the step does.
     """
 
     task: Task = option(help="problems to train on")

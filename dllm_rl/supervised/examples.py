@@ -45,11 +45,6 @@ UNSUPPORTED_COLUMNS = {
         "the model reads only text; leave such rows out, or drop the column",
     ),
 }
-# Settings that do not apply to a model whose noise is random tokens, and why.
-NOT_FOR_DENOISING = {
-    "completion_length": "end tokens fill its last canvas anyway",
-    "corruption": "its noise is replaced tokens already, and it has no masks",
-}
 
 
 @dataclass(frozen=True)
@@ -82,9 +77,11 @@ def read_examples(
         ValueError: A row is invalid, or all rows are too long.
     """
     longest = most_tokens(recipe.max_length, policy)
-    for setting, reason in NOT_FOR_DENOISING.items() if policy.spec.attention == "encoder_decoder" else ():
-        if value := getattr(recipe, setting):
-            raise ValueError(f"{setting}={value} is not for {policy.spec.name!r}: {reason}; leave it out")
+    if recipe.completion_length and policy.spec.attention == "encoder_decoder":
+        raise ValueError(
+            f"completion_length={recipe.completion_length} is not for {policy.spec.name!r}: end tokens fill its last "
+            "canvas anyway; leave it out"
+        )
     examples: list[Example] = []
     for index in range(len(dataset)):
         try:

@@ -1,4 +1,4 @@
-"""The supervised loss: hide or replace tokens of examples at random, lay them out as rows, and score them."""
+"""The supervised loss: hide tokens of examples at random, lay them out as rows, and score them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from dllm_rl.decoding.vocabulary import ordinary_ids
 from dllm_rl.likelihoods.packed import packed_hidden
 from dllm_rl.models.base import Policy
 from dllm_rl.models.logprobs import token_logprobs
@@ -37,7 +36,7 @@ def draw_levels(
 
     Returns:
         A mask ratio t ~ U[min_t, 1) per row, stratified over the rows; uniforms (a token is masked if its uniform is
-        below t); and uniforms for `corrupted`.
+        below t); and more uniforms, for `denoising_examples`.
     """
     # Stratified: the rows draw from different parts of the interval, so that every batch has low and high mask ratios,
     # and the loss varies less.
@@ -46,71 +45,40 @@ def draw_levels(
     return min_t + (1 - min_t) * strata, uniforms, torch.rand(num_rows, length, generator=generator)
 
 
-def corrupted(
-    policy: Policy, tokens: Int[Tensor, "*K"], noise: Float[Tensor, "*K"], *, share: float
-) -> Int[Tensor, "*K"]:
-    """Replace each token with probability `share` by another token, uniform over the vocabulary without special tokens.
-    `noise` has uniforms in [0, 1).
-
-    Raises:
-        ValueError: The model is causal.
-    """
-    if not share:
-        return tokens
-    if policy.spec.attention == "causal":
-        raise ValueError(f"corruption={share} replaces visible tokens of a diffusion model; use 0 for a causal model")
-    ordinary = ordinary_ids(policy).to(tokens.device)
-    index = torch.searchsorted(ordinary, tokens.contiguous())
-    # 0 for a special token, which any ordinary id may replace; an ordinary token is replaced by another id.
-    is_ordinary = (ordinary[index % len(ordinary)] == tokens).long()
-    # Noise below `share`, divided by `share`, is uniform in [0, 1). In fp64, so that no device rounds the product up to
-    # the next id.
-    shift = (noise.double() / share * (len(ordinary) - is_ordinary)).long()
-    return torch.where(noise.double() < share, ordinary[(index + is_ordinary + shift) % len(ordinary)], tokens)
-
-
 def add_noise(
     policy: Policy,
     examples: Sequence[Example],
-    draws: tuple[Float[Tensor, " B"], Float[Tensor, "B L"], Float[Tensor, "B L"]],
+    levels: Float[Tensor, " B"],
+    uniforms: Float[Tensor, "B L"],
     *,
-    corruption: float = 0.0,
     per_token: bool = False,
 ) -> tuple[list[NoisyExample], int]:
-    """Replace tokens of the examples by masks (diffusion models) and by random tokens (`corruption`).
+    """Replace tokens of the examples by masks, for a diffusion model.
 
     Args:
         policy: Policy to train.
         examples: Examples to add noise to.
-        draws: What `draw_levels` returns for these examples.
-        corruption: Share of the learned tokens to replace by random tokens. Default: 0.
+        levels: Mask ratio of each example (`draw_levels`).
+        uniforms: A learned token is masked if its uniform is below the level.
         per_token: Whether every learned token counts alike in a diffusion model's loss. False (default): every example
             does.
 
     Returns:
         The noisy examples, and the number to divide the sum of their weighted losses by.
     """
-    levels, uniforms, noise = draws
     causal = policy.spec.attention == "causal"
     noisy_examples = []
     divisor = 0
-    counts = [int(item.learned.sum()) for item in examples]
-    learned = torch.cat([item.tokens[item.learned] for item in examples])
-    learned_noise = torch.cat([row[:count] for row, count in zip(noise, counts, strict=True)])
-    # In one call, so that the vocabulary is read once.
-    corrupted_tokens = corrupted(policy, learned, learned_noise, share=corruption).split(counts)
-    for item, level, row, tokens, count in zip(examples, levels, uniforms, corrupted_tokens, counts, strict=True):
-        seen = item.tokens.clone()
-        seen[item.learned] = tokens
-        weight = item.learned.float()
+    for item, level, row in zip(examples, levels, uniforms, strict=True):
+        seen, weight, count = item.tokens.clone(), item.learned.float(), int(item.learned.sum())
         if not causal:
             # The k-th learned token uses the k-th uniform, so that the masks do not depend on the prompt's length.
             is_masked = row[:count] < level
             assert policy.spec.mask_id is not None, "a diffusion model has a mask token"
             seen[item.learned] = torch.where(is_masked, policy.spec.mask_id, seen[item.learned])
-            # 1 / (t_b n_b): LLaDA's SFT loss, eq. 5 [paper]. A visible token counts 1 / n_b [ours].
+            # 1 / (t_b n_b): LLaDA's SFT loss, eq. 5 [paper].
             num_tokens = 1 if per_token else count
-            weight[item.learned] = torch.where(is_masked, 1 / (level * num_tokens), float(corruption > 0) / num_tokens)
+            weight[item.learned] = torch.where(is_masked, 1 / (level * num_tokens), 0.0)
         noisy_examples.append(NoisyExample(item.tokens, seen, weight))
         # A causal loss is a mean over tokens, as with transformers' `labels`.
         divisor += count if causal or per_token else 1

@@ -35,12 +35,6 @@ class SFT(Settings):
         default=True, help="learn only the completion of rows with prompt and completion"
     )
     assistant_only_loss: bool = option(default=True, help="learn only the assistant's messages of rows with messages")
-    corruption: float = option(
-        default=0.0,
-        help="share of a diffusion model's visible tokens to replace by random ones; all tokens are then predicted",
-        at_least=0,
-        below=1,
-    )
     micro_batch_size: int | None = option(default=None, help="rows per forward; None: all", at_least=1)
 
     # What a run asks of RL's settings of these names. Without annotations, they are not fields.

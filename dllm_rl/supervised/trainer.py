@@ -27,7 +27,6 @@ class SupervisedTrainer:
         policy: Policy to train.
         processes: The processes of the run. Each gets its share of a step's examples.
         micro_batch_size: Rows per forward. None (default): all.
-        corruption: Share of a diffusion model's visible tokens to replace by random ones. Default: 0.
         bf16: Whether to autocast forwards to bf16. Default: False.
         like_rollouts: Whether every learned token counts alike, in rows that are padded as RL's are. False (default):
             every example of a diffusion model counts alike.
@@ -38,7 +37,6 @@ class SupervisedTrainer:
     policy: Policy
     processes: Processes
     micro_batch_size: int | None = None
-    corruption: float = 0.0
     bf16: bool = False
     like_rollouts: bool = False
     max_grad_norm: float = 1.0
@@ -128,10 +126,8 @@ class SupervisedTrainer:
             more_noise = torch.rand(2, count, generator=generator)
             noisy_examples, divisor = denoising_examples(policy, pairs, Noise(*noise, *more_noise)), count
         else:
-            noise = draw_levels(generator, count, max(int(item.learned.sum()) for item in examples))
-            noisy_examples, divisor = add_noise(
-                policy, examples, noise, corruption=self.corruption, per_token=self.like_rollouts
-            )
+            levels, uniforms, _ = draw_levels(generator, count, max(int(item.learned.sum()) for item in examples))
+            noisy_examples, divisor = add_noise(policy, examples, levels, uniforms, per_token=self.like_rollouts)
         local_examples = noisy_examples[self.processes.process_index :: self.processes.num_processes]
         size = size or max(1, len(local_examples))
         batches = [local_examples[start : start + size] for start in range(0, len(local_examples), size)]

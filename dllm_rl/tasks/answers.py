@@ -11,8 +11,8 @@ MAX_BOXES = 10_000  # boxes searched for a number
 SPECIAL_TOKENS = ("<|eot_id|>", "<|endoftext|>")
 _BRACE = re.compile(r"[{}]")
 _BOX_END = re.compile(r"[}\n]")
-# A box as TeX reads it: white space may stand before the brace. Without a brace, the content is a number, or what
-# stands before the end of the formula or of the text; other mentions of the command are no box. The possessive
+# A box as TeX reads it: white space may come before the brace. Without a brace, the content is a number, or what
+# comes before the end of the formula or of the text; other mentions of the command are not boxes. The possessive
 # quantifiers (*+) keep the search linear.
 _BOX = re.compile(
     r"\\(?P<command>boxed|fbox)(?![a-zA-Z])\s*+(?:(?P<brace>\{)|(?P<bare>[+-]?(?:[0-9]++(?:[.,/][0-9]+)*+|\.[0-9]++)"
@@ -65,7 +65,7 @@ def last_closed_answer(text: str) -> str | None:
 def last_box(text: str) -> str | None:
     r"""Return the content of the last `\boxed{...}`, else of the last `\fbox{...}`, with balanced braces.
 
-    As in TeX, white space may stand before the brace, and there may be no brace: `$\boxed 7$` and `$\boxed\frac12$`.
+    As in TeX, white space may come before the brace, and there may be no brace: `$\boxed 7$` and `$\boxed\frac12$`.
     """
     last: dict[str, re.Match[str]] = {box["command"]: box for box in _BOX.finditer(text)}
     box = last.get("boxed") or last.get("fbox")

@@ -107,7 +107,7 @@ class Prompted:
         """What the task has read from files, which may change under their names: a resume compares it."""
         return () if self.compact else (self._template,)
 
-    @cached_property  # a new task reads its file anew
+    @cached_property  # a new task reads its file again
     def _template(self) -> Prompt:
         return self.text if self.prompt_format == "text" else load_template(self.prompt_format, needs=self.placeholders)
 

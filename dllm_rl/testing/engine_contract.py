@@ -89,7 +89,7 @@ def _check_record(learner: Policy, rollout: Rollout, bound: float) -> None:
     mean = report.total.mean_abs
     # A NaN fails this assertion too.
     assert mean <= bound, f"log-probs differ by {mean:.3g} nats a token, more than bound={bound}: {report.verdict}"
-    # Faults of the order are no error: kernels that round differently may choose another order.
+    # Faults of the order are not errors: kernels that round differently may choose another order.
     faults = [f"{fault.kind}: {fault.text}" for fault in report.faults if fault.kind != "order"]
     assert not faults, f"the record is impossible: {'; '.join(faults)}"
 

@@ -35,7 +35,7 @@ def check_corrector(method: Corrector | Loss | Callable[[TokenStats], TokenWeigh
 
     Raises:
         AssertionError: A requirement is violated. The message says which.
-        ValueError: `method` is none of these.
+        ValueError: `method` is not one of these.
     """
     corrector: Corrector = fit(
         "corrector", Corrector, FunctionCorrector(loss=method) if isinstance(method, Loss) else method
@@ -345,7 +345,7 @@ def _check_declared(
         for view_masked, scored in zip(views.masked, views.coefficients != 0, strict=True):
             step = rollout.unmask_step.where(scored, last + 1).amin(-1, keepdim=True)  # last + 1 if no token is scored
             hidden = rollout.completion_mask & (rollout.unmask_step >= step)
-            assert torch.equal(view_masked, hidden), "replays_steps=True, but a view is no state of the sampler"
+            assert torch.equal(view_masked, hidden), "replays_steps=True, but a view is not a state of the sampler"
             assert (step > previous).all(), "replays_steps=True, but the views are not in the sampler's order"
             previous = step.where(step <= last, previous)
 

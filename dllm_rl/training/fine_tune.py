@@ -204,7 +204,6 @@ def make_trainer(run: Run[SFT]) -> SupervisedTrainer:
         policy=run.policy,
         processes=run.accelerator,
         micro_batch_size=recipe.micro_batch_size,
-        corruption=recipe.corruption,
         bf16=recipe.bf16,
         max_grad_norm=recipe.max_grad_norm,
         stage=run.log.stage,

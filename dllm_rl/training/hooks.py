@@ -61,7 +61,7 @@ def start_callbacks(run: Run[AnyRecipe]) -> tuple[list[list[Any]], str | None]:
             start_anew.append(name)
     if start_anew:
         run.log.say(
-            f"callbacks that start anew, since the checkpoint has no state of theirs: {', '.join(start_anew)}; "
+            f"callbacks that start over, since the checkpoint has no state of theirs: {', '.join(start_anew)}; "
             "Callback.state and load_state would save it"
         )
     return callback_states(run), run.control.stop_reason

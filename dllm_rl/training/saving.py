@@ -270,7 +270,7 @@ def state_file(feature: StepFeature) -> str:
 
 
 def load_states(context: StepContext, folder: Path) -> list[str]:
-    """Load the states of the features that a checkpoint has. A feature that the run had not begins anew.
+    """Load the states of the features that a checkpoint has. A feature without a state starts over.
 
     Returns:
         The classes whose states the checkpoint has and that are not among the features.
@@ -337,7 +337,7 @@ def check_folder(run: Run[AnyRecipe]) -> None:
     if run.accelerator.is_main_process and not (directory / "metrics.jsonl").exists():
         raise OSError(
             f"output_dir={str(directory)!r} was removed or renamed during the run; step "
-            f"{run.state.step} is saved there anew. Put the folder back, or {how_to_continue(run.recipe.directory)}"
+            f"{run.state.step} is saved there again. Put the folder back, or {how_to_continue(run.recipe.directory)}"
         )
 
 

@@ -189,7 +189,7 @@ def check_features(features: Sequence[StepFeature], recipe: Recipe) -> None:
     """
     names = [type(feature).__name__ for feature in features]
     if doubles := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"features: {min(doubles)} stands there twice, and checkpoints name a feature by its class")
+        raise ValueError(f"features: {min(doubles)} appears twice, and checkpoints name a feature by its class")
     for feature in features:
         name, loss = type(feature).__name__, recipe.resolved_loss
         if gives_token_advantages(feature) and not is_per_token(loss):

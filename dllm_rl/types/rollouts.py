@@ -366,7 +366,7 @@ class Rollout(BatchRecord):
 
     @classmethod
     def concatenate(cls, parts: "Sequence[Rollout]", *, pad_id: int) -> "Rollout":
-        """Concatenate the rows of all parts, in order. Groups are numbered anew, and rows of different parts are in
+        """Concatenate the rows of all parts, in order. Groups are renumbered, and rows of different parts are in
         different groups.
 
         Narrower parts are padded on the right, like rows that end early.

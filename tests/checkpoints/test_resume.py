@@ -187,5 +187,5 @@ def test_a_checkpoint_of_another_kind_of_run_is_refused_as_such(tmp_path):
 
 
 def test_defaults_are_the_records_own():
-    assert default_settings(SFT)["corruption"] == 0 and "corruption" not in default_settings(Recipe)
+    assert default_settings(SFT)["max_length"] is None and "max_length" not in default_settings(Recipe)
     assert "dataset" not in default_settings(SFT), "it has none"

@@ -346,7 +346,7 @@ def test_a_causal_model(causal_model, capsys):
     assert (found["task"], found["protocol"], found["split"], found["n"]) == ("sudoku", "strict", "test", 3)
     assert "diffusion_steps" not in found and found["max_new_tokens"] == 16
     message = refusal(capsys, "evaluate", causal_model, "--task", "sudoku", "--diffusion_steps", 2)
-    assert "diffusion_steps=2 is no setting of Autoregress, the sampler of this model; leave it out" in message
+    assert "diffusion_steps=2 is not a setting of Autoregress, the sampler of this model; leave it out" in message
 
 
 def test_problems_from_a_file_are_all_evaluated(model, capsys, tmp_path):

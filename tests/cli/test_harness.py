@@ -155,11 +155,11 @@ def test_the_names_of_model_args(model, causal_model):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_step": 2}, "num_step=2 is no setting of Unmask, the sampler of"),
+        ({"num_step": 2}, "num_step=2 is not a setting of Unmask, the sampler of"),
         ({"likelihood": "exact"}, "likelihood='exact' is not known; the nearest is"),
         ({"likelihood": "none"}, "likelihood=none scores nothing; name an estimator, such as ELBO"),
         ({"likelihood": "recipes.examples.bounds.BlockELBO"}, "BlockELBO needs likelihood.block_size"),
-        ({"likelihood.nodes": 2}, "likelihood.nodes is no setting of ELBO; leave it out"),
+        ({"likelihood.nodes": 2}, "likelihood.nodes is not a setting of ELBO; leave it out"),
         ({"likelihood": "Trajectory"}, "replays a recorded unmasking"),
         ({"commit": "Threshold"}, "commit Threshold needs commit.tau"),
         ({"commit": "Threshold", "commit.tau": "x"}, "commit Threshold: tau='x' is of type str; give float"),

@@ -134,4 +134,4 @@ def test_a_run_that_does_not_exist_is_named_with_those_beside_it(tmp_path, capsy
         assert main([command, "out/frist"]) == 2
         said = capsys.readouterr().err
         assert re.match(r"error: out/frist does not exist; give .*; out has first; the nearest is first\n$", said)
-        assert main([command, "out/file"]) == 2 and "out/file is no folder; give " in capsys.readouterr().err
+        assert main([command, "out/file"]) == 2 and "out/file is not a folder; give " in capsys.readouterr().err

@@ -198,7 +198,7 @@ class TestEvaluatePlans:
         assert (row["top_k"], sampler.top_k) == (2, 2)
         for option in ("--top_p 0.5", "--suppress 0"):
             with pytest.raises(
-                ValueError, match=f"{option.split()[0].removeprefix('--')}=.* is no setting of Renoise, the"
+                ValueError, match=f"{option.split()[0].removeprefix('--')}=.* is not a setting of Renoise, the"
             ):
                 self.plans(monkeypatch, Renoise(max_new_tokens=8), option, self.RENOISE)
 
@@ -226,7 +226,7 @@ class TestEvaluatePlans:
         ((row, sampler),) = self.plans(monkeypatch, stored, options)
         assert (row["max_new_tokens"], row["block_size"]) == (8, 4)
         assert type(sampler.rank).__name__ == "Peak" and sampler.rank.sharpness == 2.0
-        for name, message in (("Absent", "has no attribute 'Absent'"), ("Rank.check", "is no subclass of Rank")):
+        for name, message in (("Absent", "has no attribute 'Absent'"), ("Rank.check", "is not a subclass of Rank")):
             with pytest.raises(ValueError, match=message):
                 self.plans(monkeypatch, stored, f"--rank rank_of_mine.{name}")
 

@@ -155,7 +155,7 @@ def test_line_ends_are_no_part_of_a_prompt(checkpoint, capsys, monkeypatch, raw)
 
 
 def test_a_causal_model_has_no_unmasking_options():
-    with pytest.raises(ValueError, match="diffusion_steps=2 is no setting of Autoregress"):
+    with pytest.raises(ValueError, match="diffusion_steps=2 is not a setting of Autoregress"):
         policy = tiny_llama(characters="ab", causal=True)
         sampler_with(policy, None, {"max_new_tokens": 4, "diffusion_steps": 2})
 

@@ -386,7 +386,7 @@ def test_settings_that_vary():
     assert varying([first, first | {"diffusion_steps": 4}]) == ["diffusion_steps"]
     others = [first | {"rank": "a"}, first | {"diffusion_steps": 4, "rank": "b"}]
     assert varying(others) == ["diffusion_steps", "rank"]
-    assert varying([first, first | {"accuracy": 0.75}]) == ["model"]  # accuracy is no setting
+    assert varying([first, first | {"accuracy": 0.75}]) == ["model"]  # accuracy is not a setting
 
 
 @pytest.mark.parametrize(

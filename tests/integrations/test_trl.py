@@ -920,7 +920,10 @@ def resized():
         ),
         (r"model_init_kwargs=.*bfloat16.* leave it out", {"settings": {"model_init_kwargs": {"dtype": "bfloat16"}}}),
         (r"causal", {"model": tiny_llama(characters="12345678=", causal=True)}),
-        (r"model's module, Own, is none of transformers' models, which TRL needs; use grpo", {"model": own_policy()}),
+        (
+            r"model's module, Own, is not one of transformers' models, which TRL needs; use grpo",
+            {"model": own_policy()},
+        ),
         (r"likelihood='Causal' is for causal", {"likelihood": Causal()}),
         (r"model has adapters of rank 2 already; merge them first, .* and give peft_config to", {"model": adapted()}),
         (r"model has \d+ tokens since its embeddings were resized, .*: give make_policy", {"model": resized()}),

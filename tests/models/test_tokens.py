@@ -16,7 +16,7 @@ from dllm_rl.decoding.chat import conversation_ids
 from dllm_rl.decoding.prompts import encode, ids_and_blanks, prompt_ids
 from dllm_rl.decoding.texts import completion_token_ids, decode, full_texts, text_of, texts_to_grade
 from dllm_rl.decoding.tokens import as_rollout, default_max_new_tokens, text_ids
-from dllm_rl.decoding.vocabulary import begin_ids, ordinary_ids, reads_otherwise, special_texts, text_tokens
+from dllm_rl.decoding.vocabulary import begin_ids, reads_otherwise, special_texts, text_tokens
 from dllm_rl.integrations.serving.openai_api import read_request
 from dllm_rl.integrations.serving.settings import ServerSettings
 from dllm_rl.models.base import FamilySpec
@@ -147,17 +147,6 @@ def test_an_end_token_that_ends_the_prompt_ends_no_completion(policy):
         tokens, torch.ones_like(own), own, torch.where(own, 0, -1), torch.zeros(1, 5), group=torch.arange(len(tokens))
     )
     assert full_texts(policy, rollout) == ["abcd"]
-
-
-def test_ordinary_ids_leave_out_what_ends_masks_and_pads():
-    """Three special tokens, four letters. A checkpoint's end token may be one that its tokenizer holds for a word."""
-    policy = tiny_masked_lm(characters="abcd", num_layers=1)
-    assert ordinary_ids(policy).tolist() == [3, 4, 5, 6]
-    policy.spec = replace(policy.spec, eos_ids=(EOS, 4))
-    assert ordinary_ids(policy).tolist() == [3, 5, 6]
-    for size, left in ((9, [3, 5, 6]), (6, [3, 5])):  # rows of no token are not drawn, nor tokens without a row
-        policy.vocab_size = size
-        assert ordinary_ids(policy).tolist() == left
 
 
 class Problems(list):

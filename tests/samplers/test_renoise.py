@@ -203,6 +203,6 @@ def test_the_commands_sample_and_evaluate(tmp_path, capsys):
     (found,) = map(json.loads, capsys.readouterr().out.splitlines())
     assert found["diffusion_steps"] == 2 and found["max_new_tokens"] == 16
     assert run(["evaluate", str(tmp_path / "model"), *sudoku, "--rank", "RandomOrder"]) == 2
-    assert "rank=RandomOrder() is no setting of Renoise, the sampler of this model" in capsys.readouterr().err
+    assert "rank=RandomOrder() is not a setting of Renoise, the sampler of this model" in capsys.readouterr().err
     assert run(["sample", str(tmp_path / "model"), "1.=", "--temperature", "0.5"]) == 2
-    assert "temperature=0.5 is no setting of Renoise, the sampler of this model" in capsys.readouterr().err
+    assert "temperature=0.5 is not a setting of Renoise, the sampler of this model" in capsys.readouterr().err

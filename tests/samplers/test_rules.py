@@ -188,7 +188,7 @@ def test_an_order_that_no_rule_has_is_refused():
     """A commit rule has no order "independent": what follows from `uniforms` alone is "deterministic"."""
     for base, kind, wrong in ((rules.Rank, "rank", "random"), (rules.Commit, "commit", "independent")):
         mine = type("Mine", (base,), {"order": wrong, "__call__": lambda self, uniforms: uniforms})
-        with pytest.raises(ValueError, match=f"{kind}=Mine declares order='{wrong}', which is none of determ"):
+        with pytest.raises(ValueError, match=f"{kind}=Mine declares order='{wrong}', which is not one of determ"):
             mine()
         assert type("Fine", (mine,), {"order": "deterministic" if kind == "commit" else "independent"})()
     assert type("Narrow", (rules.Confidence,), {})().order == "confidence"

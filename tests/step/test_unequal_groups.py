@@ -215,7 +215,7 @@ def test_the_store_needs_what_the_sampler_recorded(tmp_path):
 
 
 def test_two_features_of_one_name_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="ReplayRows stands there twice"):
+    with pytest.raises(ValueError, match="ReplayRows appears twice"):
         train(unequal(tmp_path), features=(rows.replay(), rows.replay()))
 
 

@@ -45,7 +45,6 @@ def test_an_answer_ends_the_row():
 
 test_what_is_for_masks_is_refused = refused(
     ({"completion_length": 4}, "completion_length=4 is not for 'diffusion_gemma': end tokens fill"),
-    ({"corruption": 0.2}, "corruption=0.2 is not for 'diffusion_gemma': its noise is replaced tokens"),
     by=lambda settings: read_examples(tiny_sft(**settings), gemma(), ROWS),
 )
 

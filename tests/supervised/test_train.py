@@ -231,15 +231,6 @@ def test_each_step_of_a_run_hides_other_tokens(tmp_path):
     assert len(losses) == 3 and all(after - before > 1e-3 for before, after in pairwise(losses))
 
 
-def test_replaced_tokens_are_those_of_the_recipes_share():
-    policy = tiny_masked_lm(**SIZES)
-    examples = read_examples(tiny_sft(), policy, ROWS)
-    plain, replaced = (
-        trainer_of(policy, corruption=share).add_gradients(examples, masks())[0].item() for share in (0.0, 0.5)
-    )
-    assert replaced > plain + 0.01, "visible tokens are predicted too"
-
-
 def test_a_step_goes_as_far_as_rate_schedule_and_clipped_gradient_say(tmp_path):
     """Plain descent: 0.04 times the first factor of four steps, 1/4, times a gradient scaled down to 0.25."""
 

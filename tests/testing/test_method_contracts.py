@@ -96,7 +96,7 @@ def test_a_plain_function_is_checked_as_weights():
 
 @pytest.mark.parametrize("value", [None, K3(), 3])
 def test_what_is_neither_is_refused_in_a_line(value):
-    with pytest.raises(ValueError, match=r"^corrector=.* is no Corrector"):
+    with pytest.raises(ValueError, match=r"^corrector=.* is not of type Corrector"):
         check_corrector(value)
 
 

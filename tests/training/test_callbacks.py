@@ -476,17 +476,17 @@ class Forgetting(Counting):
 
 def test_a_resume_restores_the_state_of_callbacks_and_names_those_that_start_anew(tmp_path, capsys):
     run(tmp_path, num_steps=1, lr_schedule_steps=6, callbacks=[Counting("a"), Forgetting("b"), Counting("c")])
-    assert "start anew" not in capsys.readouterr().out
+    assert "start over" not in capsys.readouterr().out
     resume = {"lr_schedule_steps": 6, "resume_from_checkpoint": "latest"}
     # Of one class by their order, whatever stands between; a new one has no state in the checkpoint.
     more = [StopBelow("reward", 0.0), Counting("a"), Counting("c"), Forgetting("b"), Counting("new"), StopBelow()]
     run(tmp_path, num_steps=2, **resume, callbacks=more)
     said = " ".join(capsys.readouterr().out.split())
-    assert "callbacks that start anew, since the checkpoint has no state of theirs: Forgetting, Counting;" in said
+    assert "callbacks that start over, since the checkpoint has no state of theirs: Forgetting, Counting;" in said
     last = metrics_of(tmp_path)[-1]
     assert [last[f"{name}/steps"] for name in ("a", "b", "c", "new")] == [2, 1, 2, 1]
     run(tmp_path, num_steps=3, **resume, callbacks=[Counting("a"), StopBelow()])
-    assert "start anew" not in capsys.readouterr().out
+    assert "start over" not in capsys.readouterr().out
     assert metrics_of(tmp_path)[-1]["a/steps"] == 3
 
 

@@ -791,7 +791,7 @@ def test_the_sampler_of_an_engine_that_decodes_does_not_evaluate():
         ({"max_new_tokens": 8}, "max_new_tokens=8 is not what sampler=Warm has: set it there, or leave it out"),
         ({"temperature": 0.5}, "temperature=0.5 is not what sampler=Warm has"),
         ({"sampler_options": {"diffusion_steps": 2}}, "diffusion_steps=2 is not what sampler=Warm has"),
-        ({"sampler": lambda *_: None}, "sampler=.* is no Sampler"),
+        ({"sampler": lambda *_: None}, "sampler=.* is not of type Sampler"),
     ],
 )
 def test_a_given_samplers_fields_are_its_own(changes, said):
@@ -985,7 +985,10 @@ test_what_has_no_one_meaning_here_is_refused_in_a_line = refused(
         "give lr_schedule='ConstantWithWarmup'$",
     ),
     ({"sync_ref_model": True}, r"sync_ref_model \(the nearest is beta\)"),
-    ({"per_device_train_batch_size": 12}, "=12 gives 12 completions per step, no multiple of num_generations=8"),
+    (
+        {"per_device_train_batch_size": 12},
+        "=12 gives 12 completions per step, which is not a multiple of num_generations=8",
+    ),
     ({"per_device_train_batch_size": "8"}, "per_device_train_batch_size='8' is of type str; give int"),
     ({"per_device_train_batch_size": 8, "micro_batch_size": 8}, "micro_batch_size is set twice"),
     ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps=4 needs per_device_train_batch_size"),
@@ -1090,7 +1093,7 @@ def test_all_names_that_are_not_known_are_refused_together(settings, message):
 
 @pytest.mark.parametrize("model", [None, 3, 0.5, ["a"], {"model": "a"}])
 def test_what_is_no_model_is_refused_by_its_value(model):
-    with pytest.raises(ValueError, match=f"^model={re.escape(repr(model))} is none of these: a checkpoint's folder"):
+    with pytest.raises(ValueError, match=f"^model={re.escape(repr(model))} is not one of these: a checkpoint's folder"):
         grpo_recipe(model, ROWS, right)
 
 

@@ -102,7 +102,7 @@ def test_what_a_run_reads_is_not_deleted_by_it(tmp_path, monkeypatch, setting):
     for source in (str(last), "link", f"run/checkpoints/{last.name}"):
         model, more = (source, {}) if setting == "model" else (policy(), {"teacher": {"model": source}})
         with pytest.raises(
-            ValueError, match=rf"{setting}='.*' is of the run in output_dir='.*', which .* would delete"
+            ValueError, match=rf"{setting}='.*' belongs to the run in output_dir='.*', which .* would delete"
         ):
             grpo(model, ROWS, reward, output_dir="run", overwrite_output_dir=True, **more, **SETTINGS)
     shutil.copytree(last, tmp_path / "kept")

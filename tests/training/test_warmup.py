@@ -14,7 +14,7 @@ from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.monitoring.json_lines import warmup_rows
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.supervised.examples import solution_examples
-from dllm_rl.supervised.loss import add_noise, corrupted, draw_levels, lay_out, weighted_loss
+from dllm_rl.supervised.loss import add_noise, draw_levels, lay_out, weighted_loss
 from dllm_rl.supervised.trainer import SupervisedTrainer
 from dllm_rl.tasks import task_from_dataset
 from dllm_rl.tasks.base import Problem
@@ -28,15 +28,14 @@ pytestmark = pytest.mark.usefixtures("no_rehearsal")
 PROBLEMS = [Problem("12=", solution="3412"), Problem("1.2.4=", solution="21")]
 
 
-def layout_of(policy, examples, levels, uniforms, noise, *, corruption=0.0):
+def layout_of(policy, examples, levels, uniforms):
     """The rows of a warm-up's step, and the divisor of their loss."""
-    drawn = levels, uniforms, noise
-    shown, total = add_noise(policy, examples, drawn, corruption=corruption, per_token=True)
+    shown, total = add_noise(policy, examples, levels, uniforms, per_token=True)
     return lay_out(shown, pad_id=policy.pad_id, device=policy.device, like_rollouts=True), total
 
 
-def loss_of(policy, *given, **options):
-    layout, total = layout_of(policy, *given, **options)
+def loss_of(policy, *given):
+    layout, total = layout_of(policy, *given)
     return weighted_loss(policy, layout) / total
 
 
@@ -49,7 +48,7 @@ def test_examples_fill_up_with_the_end_token():
         [one, dot, two, dot, four, equals, two, one, eos, eos, eos],
     ]
     assert [item.learned.tolist() for item in examples] == [[False] * 3 + [True] * 5, [False] * 6 + [True] * 5]
-    layout, total = layout_of(policy, examples, torch.ones(2), *torch.zeros(2, 2, 5))
+    layout, total = layout_of(policy, examples, torch.ones(2), torch.zeros(2, 5))
     assert layout.tokens[0].tolist() == [pad] * 3 + examples[0].tokens.tolist() and total == 10
     assert layout.attention_mask.tolist() == [[False] * 3 + [True] * 8, [True] * 11]
     causal = solution_examples(tiny_llama(causal=True, **SIZES), PROBLEMS, max_new_tokens=5)
@@ -60,7 +59,7 @@ def test_a_row_that_nothing_is_learned_of_takes_part_in_no_forward():
     policy = tiny_masked_lm(**SIZES)
     examples = solution_examples(policy, PROBLEMS, max_new_tokens=5)
     uniforms = torch.tensor([[0.0] * 5, [0.9] * 5])
-    layout, total = layout_of(policy, examples, torch.full((2,), 0.5), uniforms, uniforms)
+    layout, total = layout_of(policy, examples, torch.full((2,), 0.5), uniforms)
     assert layout.tokens.shape == (1, 11) and total == 10
     assert loss_of(policy, examples, torch.full((2,), 0.5), uniforms + 0.5, uniforms).item() == 0
 
@@ -68,7 +67,7 @@ def test_a_row_that_nothing_is_learned_of_takes_part_in_no_forward():
 def test_causal_loss_is_cross_entropy():
     policy = tiny_llama(causal=True, **SIZES)
     examples = solution_examples(policy, PROBLEMS, max_new_tokens=5)
-    layout, total = layout_of(policy, examples, torch.ones(2), *torch.zeros(2, 2, 5))
+    layout, total = layout_of(policy, examples, torch.ones(2), torch.zeros(2, 5))
     labels = layout.tokens.masked_fill(layout.weight == 0, -100)
     real = layout.attention_mask
     positions = (real.long().cumsum(-1) - 1).clamp(min=0)
@@ -81,7 +80,7 @@ def test_causal_loss_is_cross_entropy():
 def test_diffusion_loss_weighs_masked_tokens_by_one_over_t():
     policy = tiny_masked_lm(**SIZES)
     examples = solution_examples(policy, PROBLEMS, max_new_tokens=5)
-    clean = layout_of(policy, examples, torch.ones(2), *torch.zeros(2, 2, 5))[0]
+    clean = layout_of(policy, examples, torch.ones(2), torch.zeros(2, 5))[0]
     t = torch.tensor([0.5, 0.25])
     uniforms = torch.tensor([[0.1, 0.6, 0.4, 0.5, 0.9], [0.9, 0.2, 0.3, 0.24, 0.99]])
     masked = [[0, 2], [1, 3]]  # uniforms < t
@@ -97,46 +96,7 @@ def test_diffusion_loss_weighs_masked_tokens_by_one_over_t():
         for row, columns in enumerate(masked)
         for column in columns
     )
-    torch.testing.assert_close(loss_of(policy, examples, t, uniforms, uniforms), -total / 10, rtol=1e-5, atol=1e-6)
-
-
-def test_a_replaced_token_counts_where_it_stands():
-    """Of the first row's 3, 4, 1, 2, <eos> the model sees a mask, a mask, another 1, the 2 and a 3: a loop."""
-    policy = tiny_masked_lm(**SIZES)
-    examples = solution_examples(policy, PROBLEMS[:1], max_new_tokens=5)
-    tokens = examples[0].tokens[None]
-    uniforms, noise = torch.tensor([[0.1, 0.2, 0.6, 0.5, 0.9]]), torch.tensor([[0.0, 0.9, 0.19, 0.2, 0.0]])
-    seen = tokens.clone()
-    # The characters 1234.= are 3 to 8; 0.19 / 0.2 of five others is the last behind 1.
-    seen[0, -5:] = torch.tensor([1, 1, 8, 4, 3])
-    logits = policy.logits(seen, torch.ones_like(seen, dtype=torch.bool))
-    logits[..., 1] = -torch.inf
-    logps = logits.log_softmax(-1)[0, -5:].gather(-1, tokens[0, -5:, None])[:, 0]
-    expected = -(logps * torch.tensor([2.0, 2.0, 1.0, 1.0, 1.0])).sum() / 5
-    found = loss_of(policy, examples, torch.tensor([0.5]), uniforms, noise, corruption=0.2)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("share", [0.3, 1.0])
-def test_a_share_of_tokens_is_replaced_by_all_others_alike(share):
-    """Counts within four deviations of a binomial; <eos> may become any character, a 1 any but 1."""
-    policy, count = tiny_masked_lm(**SIZES), 30_000
-    noise = torch.rand(2, count, generator=torch.Generator().manual_seed(0))
-    tokens = torch.tensor([[3], [2]]).expand(2, count)
-    found = corrupted(policy, tokens.contiguous(), noise, share=share)
-    for row, token, others in zip(found, (3, 2), ([4, 5, 6, 7, 8], [3, 4, 5, 6, 7, 8]), strict=True):
-        counts = row.bincount(minlength=9).tolist()
-        assert sum(counts[i] for i in (token, *others)) == count
-        expected = count * share / len(others)
-        assert all(abs(counts[i] - expected) < 4 * expected**0.5 for i in others)
-    assert corrupted(policy, tokens, noise, share=0.0) is tokens
-
-
-def test_a_causal_model_has_no_visible_tokens_to_replace():
-    policy = tiny_llama(causal=True, **SIZES)
-    examples = solution_examples(policy, PROBLEMS, max_new_tokens=5)
-    with pytest.raises(ValueError, match="use 0 for a causal model"):
-        loss_of(policy, examples, torch.ones(2), *torch.zeros(2, 2, 5), corruption=0.1)
+    torch.testing.assert_close(loss_of(policy, examples, t, uniforms), -total / 10, rtol=1e-5, atol=1e-6)
 
 
 def test_levels_are_stratified_and_floored():

@@ -69,7 +69,7 @@ class HTTPEngine(RolloutEngine):
         changed = {
             name: tensor for name, tensor in tensors.items() if name in trained or name.rpartition(".")[0] in adapted
         }
-        # An older version, such as the best one at the end, is no update: it is loaded as at the start.
+        # An older version, such as the best one at the end, is not an update: it is loaded as at the start.
         is_load = learner.weights_version < client.weights_version
         # If no weight requires a gradient (in `check_engine`), it is unknown which weights change: send all.
         sent = tensors if is_load or not changed else changed
@@ -206,7 +206,7 @@ class HTTPSampler(Unmask):
                 sampler = sampler_for(policy).__name__
                 raise ValueError(f"{field.name}={value!r} is not for {sampler}; leave it out")
             if isinstance(value, Record) and not _is_of_library(value):
-                raise ValueError(f"{field.name}={value} is no rule that a server knows; sample in the run's process")
+                raise ValueError(f"{field.name}={value} is not a rule that a server knows; sample in the run's process")
         return settings
 
 

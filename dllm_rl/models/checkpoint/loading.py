@@ -572,7 +572,7 @@ def _download(hub_id: str, names: Sequence[str]) -> Path:
         return Path(snapshot_download(hub_id, allow_patterns=[*names]))
     except LocalEntryNotFoundError:
         is_cached = Path(constants.HF_HUB_CACHE, f"models--{hub_id.replace('/', '--')}").is_dir()
-        missing = "is not complete in this machine's cache" if is_cached else "is no folder, and not in the cache"
+        missing = "is not complete in this machine's cache" if is_cached else "is not a folder, and not in the cache"
         raise ValueError(
             f"model={hub_id!r} {missing}, and the hub cannot be reached; give an existing folder (for a recipe: "
             f"--model FOLDER), or download the model elsewhere{folders_beside(hub_id)}"
@@ -580,7 +580,7 @@ def _download(hub_id: str, names: Sequence[str]) -> Path:
     except HfHubHTTPError as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"model={hub_id!r} is no folder, and the hub refuses it as an id ({reason}); give an existing folder"
+            f"model={hub_id!r} is not a folder, and the hub refuses it as an id ({reason}); give an existing folder"
             f"{folders_beside(hub_id)}"
         ) from None
 
@@ -686,7 +686,7 @@ def num_parameters(model: str | Policy) -> int:
 
 
 def _filter_message(record: LogRecord) -> bool:
-    """Hide what is no error in `quiet_progress`. Shorten other messages of transformers, and escape their control
+    """Hide what is not an error in `quiet_progress`. Shorten other messages of transformers, and escape their control
     characters: they may quote an untrusted checkpoint.
     """
     if _QUIET.get() and record.levelno < ERROR:

@@ -308,7 +308,7 @@ class Shared:
     def _unpack_error(self, name: str, arguments: list[Any], attributes: dict[str, Any]) -> BaseException:
         kind: Any = CLASSES[name]
         if not issubclass(kind, BaseException):
-            raise ValueError(f"{name} is no exception")
+            raise ValueError(f"{name} is not an exception")
         parts = tuple(map(self.unpack, arguments))
         # Not `__init__`, which of some classes needs other arguments; and `OSError` would choose a derived class.
         error: BaseException = kind.__new__(kind, *parts if issubclass(kind, BaseExceptionGroup) else ())

@@ -37,7 +37,7 @@ def program(fields: Mapping[str, Any], completion: str) -> str:
 
     Without such a block, the first block that begins with white space, else the first nonblank block, is appended to
     the prelude as the function's body. A fence in a string or in a comment of a program is a part of the program. If
-    the block begins with future imports, they stand before the prelude.
+    the block begins with future imports, they come before the prelude.
     """
     prelude = fields["prelude"]
     text = cut(completion, 0, SPECIAL_TOKENS)

@@ -74,7 +74,7 @@ def _evaluated(text: str, apply: Callable[..., Any]) -> Any:
     """Evaluate a text of numbers, operators, parentheses and white space by apply(class of an operator, *operands).
 
     Raises:
-        SyntaxError: The text is no expression, or has other parts than numbers and operators.
+        SyntaxError: The text is not an expression, or has other parts than numbers and operators.
         OutOfBounds: Nested deeper than DEEPEST. Otherwise a hostile text could exhaust the stack of Python's parser.
     """
     nesting = accumulate((character == "(") - (character == ")") for character in text)

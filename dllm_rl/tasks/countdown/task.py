@@ -123,7 +123,7 @@ class Countdown(Prompted):
     def content(self) -> tuple[object, ...]:
         return (*super().content, self._stored)
 
-    @cached_property  # a new task reads its file anew
+    @cached_property  # a new task reads its file again
     def _stored(self) -> tuple[tuple[tuple[int, ...], int], ...]:
         return () if self.path is None else parse_rows(load_rows(self.path), _problem_of)
 

@@ -44,7 +44,7 @@ _CONFIG = [LatexExtractionConfig(boxed_match_priority=0)]
 def main() -> None:
     seconds, num_workers = float(sys.argv[1]), int(sys.argv[2])
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints is no reply
+    os.dup2(2, 1)  # what a library prints is not a reply
     logging.disable(logging.WARNING)
     latex2sympy2._Latex2Sympy.create_parser = two_stages(latex2sympy2._Latex2Sympy.create_parser)
     # Symbolic algebra may take any time and memory inside C calls, which no Python timeout stops. So the kernel limits

@@ -75,7 +75,7 @@ class Questions(Prompted, ABC):
     def content(self) -> tuple[Any, ...]:
         return (*super().content, self._rows)
 
-    @cached_property  # a new task reads its file anew
+    @cached_property  # a new task reads its file again
     def _rows(self) -> tuple[tuple[Any, ...], ...]:
         return load_problems(self.path, self.split, self.hub, type(self).read_row)
 
@@ -121,7 +121,7 @@ class GSM8K(Questions):
         answer = row.get("answer")
         if not isinstance(question, str) or not isinstance(answer, str) or not question.strip():
             raise ValueError("a GSM8K row needs the texts question and answer")
-        graders.reference_number(answer)  # raises ValueError if it is no number
+        graders.reference_number(answer)  # raises ValueError if it is not a number
         working, _, number = answer.rpartition("####")
         number = without_delimiters(number)
         return question, {"answer": number}, SOLUTION.format(working.strip(), number)

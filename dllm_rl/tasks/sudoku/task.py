@@ -143,7 +143,7 @@ class Sudoku(Prompted):
     def content(self) -> tuple[object, ...]:
         return (*super().content, self._stored)
 
-    @cached_property  # a new task reads its file anew
+    @cached_property  # a new task reads its file again
     def _stored(self) -> tuple[tuple[str, str], ...]:
         if self.path is None:
             return ()

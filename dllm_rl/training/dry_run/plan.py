@@ -199,7 +199,7 @@ def memory_lines(step: PlannedStep, memory: Memory) -> list[str]:
 
 def memory_remedies(step: PlannedStep) -> list[str]:
     """Return the settings that need less memory, without those that the recipe has. Those that change nothing but
-    memory, time and rounding stand first, the one that costs the least time before the others.
+    memory, time and rounding come first, the one that costs the least time before the others.
     """
     recipe, sharded, lora = step.recipe, step.shard_size > 1, step.recipe.lora
     is_decoder = step.policy.spec.attention != "encoder_decoder"  # its weights and cache take neither of two settings

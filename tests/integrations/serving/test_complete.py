@@ -76,7 +76,7 @@ def test_a_sampler_that_only_a_script_can_make_is_named_and_the_default_taken():
     policy = tiny_masked_lm(**DIGITS)
     plain = policy.complete("1=")
     policy.eval_sampler = {"class_path": "Mine", "init_args": {}}
-    with pytest.warns(UserWarning, match=r"eval_sampler=.*Mine.* is not of the library, so the default is used"):
+    with pytest.warns(UserWarning, match=r"eval_sampler=.*Mine.* is not part of the library, so the default is used"):
         assert policy.complete("1=") == plain
 
 
@@ -95,6 +95,6 @@ test_what_is_no_prompt_or_no_setting_is_refused = refused(
     ([], {}, "no prompts: give at least one"),
     (["1", 2], {}, "prompts has 2, which is neither a text nor a chat"),
     ([[]], {}, "neither a text nor a chat"),
-    ("1", {"max_tokens": 3}, "max_tokens=3 is no setting of Unmask"),
+    ("1", {"max_tokens": 3}, "max_tokens=3 is not a setting of Unmask"),
     by=lambda prompts, options: tiny_masked_lm(**DIGITS).complete(prompts, **options),
 )

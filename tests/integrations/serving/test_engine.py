@@ -348,10 +348,13 @@ class OtherRank(Rank):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"rank": other_rank}, r"rank=FunctionRank\(.*other_rank.* is no rule that a server knows"),
-        ({"rank": PlackettLuce(temperature=0.3, base_rank=other_rank)}, "rank=PlackettLuce.* is no rule that a server"),
-        ({"rank": OtherRank()}, r"rank=.*OtherRank\(\) is no rule that a server knows"),
-        ({"commit": lambda scores, masked, steps_left: masked}, "commit=FunctionCommit.* is no rule that a server"),
+        ({"rank": other_rank}, r"rank=FunctionRank\(.*other_rank.* is not a rule that a server knows"),
+        (
+            {"rank": PlackettLuce(temperature=0.3, base_rank=other_rank)},
+            "rank=PlackettLuce.* is not a rule that a server",
+        ),
+        ({"rank": OtherRank()}, r"rank=.*OtherRank\(\) is not a rule that a server knows"),
+        ({"commit": lambda scores, masked, steps_left: masked}, "commit=FunctionCommit.* is not a rule that a server"),
         ({"compile_step": True}, "compile_step=True is not for HTTPSampler: a server compiles no steps"),
         ({"temperature": -1.0}, "temperature=-1.0 must be at least 0"),
         ({"max_new_tokens": 100}, "exceeds the model's 64 positions"),

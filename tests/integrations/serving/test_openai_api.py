@@ -292,14 +292,24 @@ def made(name, **settings):
         ({"rank": {"class_path": "os.system", "init_args": {}}}, 400, None, "rank='os.system' is not known"),
         ({"commit": "Threshold"}, 400, None, "Threshold needs tau"),
         ({"commit": made("Threshold", tau="x")}, 400, None, "tau='x' is of type str; give float"),
-        ({"commit": made("Threshold", tua=0.5)}, 400, None, "tua=0.5 is no setting of Threshold; the nearest is 'tau'"),
+        (
+            {"commit": made("Threshold", tua=0.5)},
+            400,
+            None,
+            "tua=0.5 is not a setting of Threshold; the nearest is 'tau'",
+        ),
         (
             {"commit": {"class_path": "Threshold"}},
             400,
             None,
-            "commit={'class_path': 'Threshold'} is no Commit; give",
+            "commit={'class_path': 'Threshold'} is not of type Commit; give",
         ),
-        ({"commit": {"class_path": "Threshold", "init_args": 5}}, 400, None, "'init_args': 5} is no Commit; give"),
+        (
+            {"commit": {"class_path": "Threshold", "init_args": 5}},
+            400,
+            None,
+            "'init_args': 5} is not of type Commit; give",
+        ),
         ({"\ud800": 1}, 400, None, "a field's name has half a character (a lone surrogate); leave the field out"),
         ({"diffusion_steps": 9}, 400, None, "diffusion_steps=9 is more than the 8 tokens"),
         (
@@ -381,7 +391,7 @@ def test_a_model_of_random_tokens_completes_in_whole_canvases_and_the_rest_is_cu
     ids = ids[: ends[0] + 1] if ends else ids
     assert answer["choices"][0]["logprobs"]["tokens"] == [policy.tokenizer.decode([token]) for token in ids]
     assert answer["usage"]["completion_tokens"] == len(ids)
-    assert status == 400 and "temperature=1.0 is no setting of Renoise" in refused["error"]["message"]
+    assert status == 400 and "temperature=1.0 is not a setting of Renoise" in refused["error"]["message"]
     assert traced == 400 and "rewrites tokens" in why["error"]["message"]
 
 
@@ -428,7 +438,7 @@ def test_a_model_that_reads_from_left_to_right_does_not_insert(causal_server):
 
 def test_a_setting_of_another_sampler_is_refused(causal_server):
     status, answer = causal_server.ask("/v1/completions", {"prompt": "1", "diffusion_steps": 2})
-    assert status == 400 and "diffusion_steps=2 is no setting of Autoregress" in answer["error"]["message"]
+    assert status == 400 and "diffusion_steps=2 is not a setting of Autoregress" in answer["error"]["message"]
 
 
 def test_harmless_fields_and_nulls_change_nothing(server):

@@ -139,7 +139,7 @@ def test_pickled_weights_are_not_downloaded(tmp_path, monkeypatch):
 def test_a_model_that_an_offline_machine_does_not_hold_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ValueError, match=r"model='owner/name' is no folder, and not in the cache.* --model FOLDER"):
+    with pytest.raises(ValueError, match=r"model='owner/name' is not a folder, and not in the cache.* --model FOLDER"):
         load_policy("owner/name")
     (tmp_path / "models--owner--name").mkdir()  # as an interrupted download leaves it
     refuses(r"model='owner/name' is not complete in this machine's cache", lambda: load_policy("owner/name"))
@@ -156,7 +156,7 @@ def test_a_path_that_is_missing_is_answered_with_the_folders_beside_it(tmp_path,
     (tmp_path / "out/night/checkpoints/latest").write_text("step-000007\n")
     (tmp_path / "out/.hidden").mkdir()
     with pytest.raises(
-        ValueError, match=r"'out/nihgt' is no folder, and not in the cache.*; out has night; the nearest is night$"
+        ValueError, match=r"'out/nihgt' is not a folder, and not in the cache.*; out has night; the nearest is night$"
     ):
         load("out/nihgt")
     kept = r"checkpoints has \.\.\., step-000003, .*, step-000007; the nearest is step-00000\d$"
@@ -166,7 +166,7 @@ def test_a_path_that_is_missing_is_answered_with_the_folders_beside_it(tmp_path,
         (tmp_path / f"out/z{name}").mkdir()
     refuses(r"; out has \.\.\., zc, zd, ze, zf, zg; the nearest is night$", lambda: load("out/nights"))
     refuses(r"'nights' is neither a folder nor a hub id .*; \. has out$", lambda: load("nights"))
-    refuses(r"'gone/night' is no folder, .*, or download the model elsewhere$", lambda: load("gone/night"))
+    refuses(r"'gone/night' is not a folder, .*, or download the model elsewhere$", lambda: load("gone/night"))
 
 
 def test_a_runs_folder_is_its_newest_checkpoint(tmp_path):
@@ -201,7 +201,7 @@ def test_without_a_network_a_hub_id_is_refused_at_the_first_try(tmp_path, monkey
         raise socket.gaierror("no network")
 
     monkeypatch.setattr(socket, "getaddrinfo", fail)
-    refuses("model='owner/name' is no folder, and not in the cache, and the hub cannot", lambda: load("owner/name"))
+    refuses("model='owner/name' is not a folder, and not in the cache, and the hub cannot", lambda: load("owner/name"))
     assert len(tries) == 1 and not capsys.readouterr().err and not logged
 
 
@@ -247,7 +247,7 @@ def test_the_config_of_a_hubs_model_is_read_without_its_weights(hub):
     assert loading.load_config("GSAI-ML/LLaDA-8B-Instruct")["n_layers"] == 32 and not fetched  # the package carries it
     refuses("model='owner/bare': its repository has no config", lambda: loading.load_config("owner/bare"))
     for load in (loading.load_config, loading.checkpoint_folder):
-        with pytest.raises(ValueError, match=r"'owner/none' is no folder, and the hub refuses it as an id \(404 C"):
+        with pytest.raises(ValueError, match=r"'owner/none' is not a folder, and the hub refuses it as an id \(404 C"):
             load("owner/none")
     for text in ("", "/no/folder", "plain", "../up"):
         with pytest.raises(ValueError, match="model="):
