@@ -455,7 +455,10 @@ def _check_option(
     base = _dataclass_of(annotation)
     if base is not None and "{" not in text:
         if not issubclass(base, Record):
-            if text in (_class_path(base), f"dllm_rl.{base.__name__}", base.__name__):
+            module, _, name = text.rpartition(".")
+            # jsonargparse writes the shortest path by which the library's class is imported.
+            is_library = all(path.partition(".")[0] == "dllm_rl" for path in (module, base.__module__))
+            if name == base.__name__ and (is_library or module in ("", base.__module__)):
                 return _class_path(base)
             example = dataclasses.fields(base)[0].name
             raise ValueError(f"{path}={text!r}: a {last} is chosen by its recipe; set its fields: --{path}.{example}")

@@ -355,7 +355,7 @@ def subclass_named(base: type[Record], text: str, name: str) -> type[Record]:
     for record in classes:
         if text in (record.__name__ if record.__name__ in known else "", f"{record.__module__}.{record.__qualname__}"):
             return record
-    if [*known.values()] == [base] and len(classes) == 2:
+    if [*known.values()] == [base]:
         fields = ", ".join(f"{name}.{field}" for field in annotations_of(base))
         raise ValueError(f"{name}={text!r} is not the class {base.__name__}: set its fields, {fields}")
     # Classes around a function, which text cannot give, are left out.

@@ -335,8 +335,8 @@ def test_all_wrong_options_at_once_and_no_model_is_made(recipe, capsys):
     words += " --optim.weight_decay -1 --sampler.commit Thresold --task.split x"
     lines = errors(recipe.replace(model=model), words.split(), capsys)
     assert sorted(line.removeprefix("error: ").split()[0].partition("=")[0] for line in lines) == [
-        *("--learning_rat", "corrector.cap", "loss.epsilon", "num_steps", "sampler.commit", "task.split"),
-        "optim.weight_decay",
+        *("--learning_rat", "corrector.cap", "loss.epsilon", "num_steps", "optim.weight_decay", "sampler.commit"),
+        "task.split",
     ]
     with pytest.raises(
         ValueError, match=r"learning_rate=-3 must be above 0\nnum|num_steps=-1 must be at least 0\nlearning"

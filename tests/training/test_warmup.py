@@ -61,7 +61,7 @@ def test_a_row_that_nothing_is_learned_of_takes_part_in_no_forward():
     uniforms = torch.tensor([[0.0] * 5, [0.9] * 5])
     layout, total = layout_of(policy, examples, torch.full((2,), 0.5), uniforms)
     assert layout.tokens.shape == (1, 11) and total == 10
-    assert loss_of(policy, examples, torch.full((2,), 0.5), uniforms + 0.5, uniforms).item() == 0
+    assert loss_of(policy, examples, torch.full((2,), 0.5), uniforms + 0.5).item() == 0
 
 
 def test_causal_loss_is_cross_entropy():
