@@ -68,7 +68,7 @@ class Callback:
         """
 
     def on_progress(self, done: int, total: int) -> None:
-        """Called during each evaluation, also the one before the first step, after each batch: so many of the held-out
+        """Called during each evaluation, also the one before the first step, after each batch: `done` of the held-out
         completions are graded.
         """
 

@@ -174,7 +174,7 @@ class Saves(Record):
 
     Args:
         steps: Steps between checkpoints.
-        total_limit: Newest checkpoints to keep, beside the best one.
+        total_limit: Newest checkpoints to keep, besides the best one.
         in_background: Write checkpoints while training continues, from a host copy of weights and optimizer state.
         best: `Best`, which names the metric that selects the best checkpoint; None: none is selected.
         push_to_hub: OWNER/NAME on the Hugging Face hub to upload the last checkpoint to; None: no upload.

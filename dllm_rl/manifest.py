@@ -64,7 +64,7 @@ def read(folder: Path) -> dict[str, Any]:
     if stored_digest != _own_digest(content):
         raise ValueError(f"{folder}: {NAME} is damaged: its own SHA-256 differs")
     if missing := [name for name in ("format", "step", "files") if name not in content]:
-        raise ValueError(f"{folder}: {NAME} has no {missing[0]!r}: it is not of this library; delete it")
+        raise ValueError(f"{folder}: {NAME} has no {missing[0]!r}: this library did not write it; delete it")
     if content["format"] != FORMAT:
         raise ValueError(f"{folder}: format={content['format']} is newer than {FORMAT}; upgrade dllm_rl")
     return content | {"sha256": stored_digest}

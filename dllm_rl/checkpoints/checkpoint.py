@@ -358,7 +358,7 @@ def _load_whole(folder: Path, optimizer: torch.optim.Optimizer) -> None:
         for index, weight_state in state["state"].items():
             weight_state |= {kind: part_like(value, parameters[index]) for kind, value in weight_state.items()}
         # AdamW's param_groups have only settings, which a resumed run takes from its recipe. Other optimizers may keep
-        # state there, beside these settings.
+        # state there besides these settings.
         groups = optimizer.state_dict()["param_groups"]
         if not isinstance(optimizer, torch.optim.AdamW):
             for own, stored in zip(groups, state["param_groups"], strict=True):

@@ -120,7 +120,7 @@ def check_recipe(recipe: Settings, state: TrainingState) -> None:
     settings = recipe.settings()
     before = default_settings(type(recipe)) | state.recipe  # a setting that the checkpoint lacks had its default
     if missing := ", ".join(sorted(settings.keys() - before.keys())):
-        raise ValueError(f"the checkpoint is of another kind of run, without {missing}; give its folder as model")
+        raise ValueError(f"the checkpoint comes from another kind of run, without {missing}; give its folder as model")
     if getattr(recipe, "needs_reference_policy", False) and recipe.lora is None and state.reference is None:
         needs = "teacher.model='reference'" if before["beta"] == settings["beta"] else f"beta={settings['beta']:g}"
         raise ValueError(

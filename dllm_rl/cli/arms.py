@@ -56,7 +56,7 @@ def train_arms(arms: Mapping[str, Recipe], *, output_dir: str | None = None) -> 
         raise ValueError("each arm has a process of its own: launch one, with recipes/accelerate/cpu.yaml")
     if first.resume_from_checkpoint not in (None, "latest"):
         raise ValueError(
-            f"resume_from_checkpoint={first.resume_from_checkpoint!r} is of one run, and these are several: give "
+            f"resume_from_checkpoint={first.resume_from_checkpoint!r} belongs to one run, and these are several: give "
             "latest, and the output_dir of all"
         )
     folder = Path(output_dir or first.output_dir or default_folder(first)).absolute()

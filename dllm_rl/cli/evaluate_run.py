@@ -197,7 +197,7 @@ def make_task(arguments: argparse.Namespace) -> Task:
     settings: dict[str, Any] = {"split": "test"} | of_run
     is_own = ":" in name
     if name not in TASKS and not is_own:
-        raise ValueError(f"task={name!r} is not one of {', '.join(TASKS)}, and no MODULE:NAME")
+        raise ValueError(f"task={name!r} is neither one of {', '.join(TASKS)} nor MODULE:NAME")
     make: Callable[..., Task] = import_named(name, "--task") if is_own else TASKS[name]
     parameters = inspect.signature(make).parameters
     for option in ("path", "split"):
@@ -209,7 +209,7 @@ def make_task(arguments: argparse.Namespace) -> Task:
             raise ValueError(f"--task {name} needs {option!r}; give a function without arguments that makes the task")
     task = make(**{option: value for option, value in settings.items() if option in parameters})
     if not isinstance(task, Task):
-        raise ValueError(f"--task {name} makes a {type(task).__name__}, and no task: see dllm_rl.tasks.Task")
+        raise ValueError(f"--task {name} makes a {type(task).__name__}, not a task: see dllm_rl.tasks.Task")
     names: list[str] = [field.name for field in fields(task)] if is_dataclass(task) else []
     for text in arguments.set:
         option, equals, _ = text.partition("=")

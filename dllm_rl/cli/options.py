@@ -172,7 +172,7 @@ def open_policy(
         into = call_model_function(import_named(arguments.make_model, "--make_model"), 0)
         if not isinstance(into, Policy):
             kind, name = type(into).__name__, arguments.make_model
-            raise ValueError(f"--make_model {name!r} makes a {kind} and no policy; return make_policy(...)")
+            raise ValueError(f"--make_model {name!r} makes a {kind}, not a policy; return make_policy(...)")
     policy: Policy = load_policy(folder, into=into, dtype=arguments.dtype, device=device, verify_checkpoint=check)
     if half_head:
         policy.float32_head = False

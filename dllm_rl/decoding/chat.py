@@ -16,7 +16,7 @@ NO_ARGUMENTS: Mapping[str, Any] = {}
 _FIXED_ARGUMENTS = """conversation messages chat_template add_generation_prompt continue_final_message tokenize
 padding truncation max_length return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs
 sanitize_control_tokens"""
-# What a message may say beside its content.
+# What a message may say besides its content.
 MESSAGE_KEYS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "refusal", "audio")
 
 
@@ -214,7 +214,7 @@ class Chat:
             raise ValueError(f"tools={quoted(arguments['tools'])} are not written by the model's chat template")
 
     def _check_messages(self, messages: Sequence[Mapping[str, Any]], text: str) -> None:
-        """Raise ValueError if the template omits a message, or what it has beside its content, or writes a list of
+        """Raise ValueError if the template omits a message, or what it has besides its content, or writes a list of
         parts in Python's notation.
         """
         template = str(self.policy.tokenizer.chat_template)
@@ -244,7 +244,7 @@ class Chat:
         for number, frame, framed_text in framed_texts:
             role = messages[number]["role"]
             # A template may shorten an assistant's reasoning, and may escape a tool's result: their end is enough. It
-            # may leave out what the assistant says beside its calls.
+            # may leave out what the assistant says besides its calls.
             if role in ("assistant", "tool", "function", "ipython"):
                 is_written = bool(messages[number].get("tool_calls")) or frame in framed_output
             else:

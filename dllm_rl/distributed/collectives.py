@@ -189,8 +189,8 @@ def make_accelerator(
         )
     if accelerator.device.type != wanted.type:
         raise ValueError(
-            f"device={wanted.type} is wanted, but Accelerate is on {accelerator.device}, as an earlier Accelerator of "
-            "this process was made to be: start a new process"
+            f"device={wanted.type} was requested, but Accelerate is on {accelerator.device}, as an earlier Accelerator "
+            "of this process is: start a new process"
         )
     return accelerator
 

@@ -160,12 +160,14 @@ def compare(
         arms = [Arm(label, tuple(map(read_run, folders))) for label, folders in runs.items()]
         for arm in arms:
             if len(set(arm.seeds)) < len(arm.seeds):
-                raise ValueError(f"{arm.label} has two runs of one seed, {sorted(arm.seeds)}; give each seed once")
+                raise ValueError(
+                    f"{arm.label} has two runs with the same seed, {sorted(arm.seeds)}; give each seed once"
+                )
     else:
         arms = arms_of([read_run(folder) for folder in runs])
     if len(arms) < 2:
         raise ValueError(
-            f"{len(arms)} arm is nothing to compare: the runs have the same settings but for the seed; give runs of "
+            f"{len(arms)} arm cannot be compared: the runs have the same settings except for the seed; give runs of "
             "other settings too, or name the arms, as in A=RUN,RUN B=RUN"
         )
     everything = [run for arm in arms for run in arm.runs]

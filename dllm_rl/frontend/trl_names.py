@@ -229,7 +229,7 @@ def translate_trl_names(function: Callable[..., Recipe], keywords: dict[str, Any
 
 
 def unused_defaults(keywords: Mapping[str, Any]) -> dict[str, object]:
-    """Return the defaults of TRL that change nothing beside these keywords."""
+    """Return the defaults of TRL that change nothing next to these keywords."""
     unused = OFF | SAME
     for name, default in {"top_k": 0, "top_p": 1.0}.items():  # no filter, unless the sampler has one
         if getattr(keywords.get("sampler"), name, None) is None:

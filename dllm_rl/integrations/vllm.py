@@ -395,7 +395,7 @@ class ServerClient(Client):
         try:
             return json.loads(text)
         except ValueError:
-            raise ValueError(f"rollout_engine: {url}{path} answers no JSON; is a vLLM server running there?") from None
+            raise ValueError(f"rollout_engine: {url}{path} sends no JSON; is a vLLM server running there?") from None
 
 
 class VLLMSampler(Autoregress):

@@ -34,7 +34,7 @@ def deserialize(data: bytes) -> tuple[dict[str, Tensor], Any]:
         (size,) = struct.unpack("<Q", data[:8])
         return safetensors.load(data), json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["about"])
     except (SafetensorError, ValueError, KeyError, TypeError, struct.error) as error:
-        raise ValueError(f"not a safetensors file of this library: {error}") from None
+        raise ValueError(f"not a safetensors file that this library wrote: {error}") from None
 
 
 def record_to_json(value: object, name: str, tensors: dict[str, Tensor]) -> Any:

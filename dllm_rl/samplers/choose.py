@@ -217,7 +217,7 @@ class StepSampler:
         assert again is not None, "there is a rank"
         if not again.isclose(scores, rtol=1e-3, atol=1e-3, equal_nan=True).all():
             raise ValueError(
-                f"rank={base.name} is declared deterministic, but gave other scores when it was called again with the "
+                f"rank={base.name} is declared deterministic, but gave different scores when called again with the "
                 "same inputs: take `uniforms` for random numbers and declare order='independent', or declare 'unknown'"
             )
 

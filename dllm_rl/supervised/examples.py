@@ -178,7 +178,7 @@ def example(recipe: SFT, policy: Policy, row: Mapping[str, Any]) -> Example:
 
 def _without_none(value: Any) -> Any:
     """Return a value without the keys that are None, which files and data sets fill in where rows differ. The content
-    of a message may be None, beside its calls.
+    of a message may be None if it has calls.
     """
     if isinstance(value, Mapping):
         return {

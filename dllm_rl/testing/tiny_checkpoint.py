@@ -88,7 +88,7 @@ def tiny_checkpoint(layout: str, folder: str | Path, *, seed: int = 0) -> Path:
         raise ValueError(f"layout={layout!r} is not one of {', '.join(LAYOUTS)}{nearest_hint(layout, LAYOUTS, '{!r}')}")
     folder = Path(folder).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"folder={str(folder)!r} is there and not empty; give another one")
+        raise ValueError(f"folder={str(folder)!r} exists and is not empty; give another one")
     hub_id, changes = LAYOUTS[layout]
     raw = load_config(hub_id) | changes
     family = find_family(raw)

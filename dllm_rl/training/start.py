@@ -210,7 +210,7 @@ def check_features(features: Sequence[StepFeature], recipe: Recipe) -> None:
         if recipe.late is not None and feature.max_staleness:
             raise ValueError(
                 f"features: {name} adds rows of earlier steps (max_staleness={feature.max_staleness}), and those of "
-                f"workers (late.workers={recipe.late.workers}) are late, too: use late=None, or leave it out"
+                f"workers (late.workers={recipe.late.workers}) are late too: use late=None, or leave it out"
             )
 
 

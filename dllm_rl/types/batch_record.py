@@ -174,7 +174,7 @@ class BatchRecord(Movable):
                 if other != values[0] and field.name not in records[0].MAY_DIFFER:
                     raise ValueError(
                         f"{type(records[0]).__name__}.{field.name} is {values[0]} in some rows and {other} in others, "
-                        "and holds for all rows of a batch: sample and score them apart"
+                        "and must be the same for all rows of a batch: sample and score them separately"
                     )
                 continue
             if field.name in records[0].IF_NONE:

@@ -180,9 +180,9 @@ def test_a_checkpoint_of_another_kind_of_run_is_refused_as_such(tmp_path):
     train(rl)
     supervised = tiny_sft(tmp_path / "sft", num_steps=0)
     fine_tune(supervised)
-    with pytest.raises(ValueError, match=r"of another kind of run, without .*, task, .*; give its folder as model"):
+    with pytest.raises(ValueError, match=r"from another kind of run, without .*, task, .*; give its folder as model"):
         train(replace(rl, output_dir=str(tmp_path / "sft"), resume_from_checkpoint="latest"))
-    with pytest.raises(ValueError, match="of another kind of run, without dataset"):
+    with pytest.raises(ValueError, match="from another kind of run, without dataset"):
         fine_tune(replace(supervised, output_dir=str(tmp_path / "rl"), resume_from_checkpoint="latest"))
 
 

@@ -519,7 +519,7 @@ def text():
             ("copying:Copy", "--set", "sise=5"),
             "--set sise=5: write FIELD=VALUE, where task 'copying:Copy' has size, split",
         ),
-        (("copying:text",), "--task copying:text makes a str, and no task"),
+        (("copying:text",), "--task copying:text makes a str, not a task"),
         (("copying:Problem",), "--task copying:Problem needs 'prompt'; give a function without arguments"),
         (("copying:Absent",), "module 'copying' has no attribute 'Absent'"),
         (("copying:__name__",), "--task='copying:__name__' is neither a function nor a class"),

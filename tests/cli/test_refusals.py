@@ -41,7 +41,7 @@ REFUSED = [
         "--make_model='no_such_module:f': No module named 'no_such_module'; ",
     ),
     ("sample . 1= --make_model own_module:missing", "module 'own_module' has no attribute 'missing'"),
-    ("sample . 1= --make_model platform:node", "'platform:node' makes a str and no policy; return make_policy(...)"),
+    ("sample . 1= --make_model platform:node", "'platform:node' makes a str, not a policy; return make_policy(...)"),
     ("evaluate .", "task"),
     ("evaluate --task sudoku", "evaluate needs a MODEL"),
     ("evaluate MODEL", "error: task"),

@@ -171,7 +171,7 @@ OTHER_REWARD = {"grading": {"reward": "h"}}
             {"step": 0},
             r"b has no held-out evaluation after a training step; wait for one, or set a smaller evaluation.steps",
         ),
-        ({"seed": 1, "learning_rate": 0.1}, "1 arm is nothing to compare: the runs have the same settings but for"),
+        ({"seed": 1, "learning_rate": 0.1}, "1 arm cannot be compared: the runs have the same settings except for"),
     ],
 )
 def test_comparisons_that_mean_nothing_are_refused(changes, error, tmp_path, capsys, monkeypatch):
@@ -200,7 +200,7 @@ def test_arms_by_name():
 
 def test_an_arm_has_a_seed_once(tmp_path):
     runs = [write_run(tmp_path / name, ZERO_TO_NINE) for name in "ab"]
-    refuses(r"x has two runs of one seed, \[0, 0\]", lambda: compare({"x": runs, "y": runs[:1]}))
+    refuses(r"x has two runs with the same seed, \[0, 0\]", lambda: compare({"x": runs, "y": runs[:1]}))
     assert len(compare(runs).arms) == 2  # equal settings and seeds: perhaps of two versions of the code
 
 

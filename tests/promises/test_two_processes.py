@@ -106,7 +106,7 @@ def test_a_device_that_another_accelerator_settled_is_refused():
     """Accelerate keeps the first device of a process: a run must not go on on the CPU beside an idle GPU."""
     with SimulatedCuda():
         Accelerator(cpu=True)
-        with pytest.raises(ValueError, match="device=cuda is wanted, but Accelerate is on cpu"):
+        with pytest.raises(ValueError, match="device=cuda was requested, but Accelerate is on cpu"):
             make_accelerator()
     with SimulatedCuda():
         assert make_accelerator().device.type == "cuda"

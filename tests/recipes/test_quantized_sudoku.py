@@ -92,7 +92,10 @@ def test_an_arm_that_fails_ends_the_job(tmp_path, forked):
     [
         (["--rollout_quantization", "none"], "rollout_quantization=None leaves nothing to compare"),
         (["--corrector", "NoCorrection"], "corrector=NoCorrection leaves nothing to compare"),
-        (["--resume_from_checkpoint", "some/where"], "resume_from_checkpoint='some/where' is of one run, and these"),
+        (
+            ["--resume_from_checkpoint", "some/where"],
+            "resume_from_checkpoint='some/where' belongs to one run, and these",
+        ),
         (["--sed", "1"], "--sed is not a setting of Recipe"),
     ],
 )

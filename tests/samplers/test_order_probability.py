@@ -175,7 +175,7 @@ def test_declared_rules_keep_the_contract_or_are_caught():
         declared = FunctionCommit(function=wrong, order="deterministic")
         with pytest.raises(AssertionError, match=f"commit={wrong.__name__} must not compare `uniforms` with numbers"):
             check(tied_policy(period=2), FIXED(mine), declared, rows=500)
-    with pytest.raises(ValueError, match="rank=by_chance is declared deterministic, but gave other scores"):
+    with pytest.raises(ValueError, match="rank=by_chance is declared deterministic, but gave different scores"):
         check(tied_policy(period=2), FIXED(by_chance), commit)
 
 
@@ -220,7 +220,7 @@ def test_an_undeclared_noisy_order_is_drawn_as_the_declared_one_and_a_false_decl
     for wrong, message in (
         (
             lambda: check(policy, NOISY.replace(base_rank=FIXED(by_chance)), rules.Schedule()),
-            "rank=by_chance is declared deterministic, but gave other scores",
+            "rank=by_chance is declared deterministic, but gave different scores",
         ),
         (lambda: NOISY.replace(base_rank=rules.Confidence()), "base_rank=Confidence must take some of logits"),
         (lambda: NOISY.replace(base_rank=rules.RandomOrder()), "base_rank=RandomOrder must take some of logits"),

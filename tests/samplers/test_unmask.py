@@ -416,7 +416,7 @@ def test_a_commit_rule_that_contradicts_what_it_declares_is_named(policy, monkey
 @pytest.mark.parametrize("wrap", [lambda rank: rank, lambda rank: rules.PlackettLuce(temperature=1.0, base_rank=rank)])
 def test_a_rank_of_random_numbers_that_is_declared_deterministic_is_named(policy, wrap):
     rank = rules.FunctionRank(function=lambda logits: logits[:, 0] + torch.randn(len(logits)), order="deterministic")
-    with pytest.raises(ValueError, match="rank=<lambda> is declared deterministic, but gave other scores"):
+    with pytest.raises(ValueError, match="rank=<lambda> is declared deterministic, but gave different scores"):
         sample(policy, IDS[:2], [5, 6], rank=wrap(rank))
 
 

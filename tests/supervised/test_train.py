@@ -213,7 +213,7 @@ def test_what_cannot_be_shown_is_refused_before_anything_is_written(tmp_path, ch
 
 def test_another_kind_of_run_is_not_resumed(tmp_path):
     fine_tune(tiny_sft(tmp_path, num_steps=1))
-    with pytest.raises(ValueError, match="is of another kind of run, without eval_sampler, eval_task"):
+    with pytest.raises(ValueError, match="comes from another kind of run, without eval_sampler, eval_task"):
         train(tiny_recipe(tmp_path, name="tiny", resume_from_checkpoint="latest"))
 
 

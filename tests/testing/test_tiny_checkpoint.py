@@ -90,7 +90,7 @@ def test_what_it_refuses(tmp_path):
         tiny_checkpoint("lada", tmp_path / "new")
     (tmp_path / "notes.txt").write_text("mine")
     for path in (tmp_path, tmp_path / "notes.txt"):
-        with pytest.raises(ValueError, match="is there and not empty; give another one"):
+        with pytest.raises(ValueError, match="exists and is not empty; give another one"):
             tiny_checkpoint("llada", path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 

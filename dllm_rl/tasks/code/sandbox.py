@@ -353,7 +353,7 @@ class Shared:
 
 
 def _attributes(kind: type[BaseException]) -> list[str]:
-    """Return the names of what the exceptions of a built-in class have beside their arguments."""
+    """Return the names of what the exceptions of a built-in class have besides their arguments."""
     described = (name for base in kind.__mro__ for name, value in vars(base).items() if isinstance(value, _DESCRIPTORS))
     own = ("__notes__", "__context__", "__cause__", "__suppress_context__")  # a cause is set before it is suppressed
     return [*(name for name in described if not name.startswith("__")), *own]

@@ -503,7 +503,7 @@ def test_a_server_of_pages_is_refused_in_one_line(server, monkeypatch):
         handler.wfile.write(b"<html>\n")
 
     monkeypatch.setattr(Handler, "do_GET", page)
-    with pytest.raises(ValueError, match=f"^rollout_engine: {server.url}/version answers no JSON; is a vLLM server"):
+    with pytest.raises(ValueError, match=f"^rollout_engine: {server.url}/version sends no JSON; is a vLLM server"):
         VLLMServer(url=server.url).load(learner())
 
 
