@@ -6,7 +6,6 @@ from typing import Any
 
 from torch.nn import Module
 
-from dllm_rl.models.base import Policy
 from dllm_rl.records import Record, annotations_of, describe, fit, make_record, option, record_type
 
 # Flat names of the groups' fields, and their paths in a recipe. A recipe answers a flat name by the path.
@@ -141,7 +140,7 @@ class Teacher(Record):
         is_wrong, message = is_loaded_module("model", self.model)
         if is_wrong:
             raise ValueError(message)
-        if not (isinstance(self.model, str | Policy) or callable(self.model)):
+        if not (isinstance(self.model, str) or has_policy_members(self.model) or callable(self.model)):
             raise ValueError(
                 f"model={describe(self.model)} must be a path, a hub id, a policy, or a function that makes one"
             )
@@ -217,9 +216,14 @@ class Evaluation(Record):
     batch_size: int | None = option(default=None, at_least=1)
 
 
+def has_policy_members(model: Any) -> bool:
+    """Return whether a value may be a policy: settings know no models. `check_policy` looks for all its members."""
+    return all(hasattr(model, name) for name in ("module", "spec", "tokenizer"))
+
+
 def is_loaded_module(name: str, model: Any) -> tuple[bool, str]:
     """Return the conflict of a setting that must be a policy and may be a module that somebody loaded."""
-    is_module = isinstance(model, Module) and not isinstance(model, Policy)
+    is_module = isinstance(model, Module) and not has_policy_members(model)
     return is_module, f"{name} is a loaded module: give make_policy(module, tokenizer)"
 
 

@@ -56,7 +56,7 @@ MAY_IMPORT = {
     "evaluation": "device files identity rng screen records types tasks distributed models decoding quantization "
     "samplers monitoring checkpoints",
     "step": "device rng records types tasks algorithms distributed models decoding settings quantization likelihoods "
-    "samplers monitoring",
+    "samplers monitoring groups",
     "supervised": "records types tasks algorithms distributed models decoding settings likelihoods groups",
     # floor 6
     "recipe": "records tasks algorithms models settings quantization likelihoods samplers step groups",
