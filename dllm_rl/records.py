@@ -357,7 +357,7 @@ def subclass_named(base: type[Record], text: str, name: str) -> type[Record]:
             return record
     if [*known.values()] == [base]:
         fields = ", ".join(f"{name}.{field}" for field in annotations_of(base))
-        raise ValueError(f"{name}={text!r} is not the class {base.__name__}: set its fields, {fields}")
+        raise ValueError(f"{name}={text!r} is not known; set the fields of {base.__name__}: {fields}")
     # Classes around a function, which text cannot give, are left out.
     kinds = {name: map(typing.get_origin, required_settings(record).values()) for name, record in known.items()}
     names = [name for name, origins in kinds.items() if Callable not in [*origins]] or [*known]

@@ -158,7 +158,7 @@ def test_masks_of_later_updates_are_scored_if_something_reads_their_log_probs(re
         ("push_to_hub", True, "give str"),
         ("resume_from_checkpoint", True, "give str"),
         ("lora", True, "give Lora(...)"),
-        ("lora", "lora_r16", "is not the class Lora: set its fields, lora.r, "),
+        ("lora", "lora_r16", "is not known; set the fields of Lora: lora.r, "),
     ],
 )
 def test_what_a_field_does_not_hold_is_refused_with_the_remedy(recipe, name, value, remedy):
