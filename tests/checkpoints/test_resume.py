@@ -1,20 +1,23 @@
 """What a resume may change, and how a checkpoint of another recipe is refused."""
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from sft_toys import tiny_sft
 from tiny_recipe import tiny_recipe, with_changes
 
 from dllm_rl import TIS, Unmask, manifest
 from dllm_rl.algorithms.correctors import Compose, Reject
 from dllm_rl.algorithms.losses import GSPO
-from dllm_rl.algorithms.optimizers import ConstantRate, CosineWithWarmup, LinearWithWarmup
+from dllm_rl.algorithms.optimizers import AdamW8bit, ConstantRate, CosineWithWarmup, LinearWithWarmup
 from dllm_rl.checkpoints.resume import check_recipe, contents_of, default_settings
 from dllm_rl.checkpoints.state import TrainingState
+from dllm_rl.groups import Late
 from dllm_rl.recipe import Recipe
 from dllm_rl.records import describe, describe_json, to_json, without_folders
 from dllm_rl.samplers.rules import PlackettLuce
@@ -107,6 +110,32 @@ def test_what_changes_no_number_of_the_steps_before_may_change_on_a_resume(name)
     check_recipe(changed, state)
     with pytest.raises(ValueError, match="seed=1 differs from the checkpoint's 0"):
         check_recipe(replace(changed, seed=1), state)
+
+
+def saved(recipe):
+    return TrainingState(step=1, version=1, dtype="float32", recipe=recipe.settings(), contents=contents_of(recipe))
+
+
+def test_the_number_of_workers_may_change_and_how_late_they_are_may_not():
+    recipe = tiny_recipe("x", late=Late(workers=1, max_staleness=2))
+    check_recipe(recipe.replace(late={"workers": 3}), saved(recipe))
+    for late in (Late(workers=1, max_staleness=1), None):
+        said = f"late={re.escape(repr(late))} differs from the checkpoint's .*, or with allow_changed='late'$"
+        with pytest.raises(ValueError, match=said):
+            check_recipe(recipe.replace(late=late), saved(recipe))
+        check_recipe(recipe.replace(late=late, allow_changed="late"), saved(recipe))
+
+
+def test_what_an_optimizer_has_may_change_by_its_name_and_its_kind_may_not():
+    recipe = tiny_recipe("x")
+    decayed = recipe.replace(optim={"weight_decay": 0.1})
+    with pytest.raises(ValueError, match=r"optim=AdamW\(.*=0\.1\) differs .*, or with allow_changed='optim'$"):
+        check_recipe(decayed, saved(recipe))
+    check_recipe(decayed.replace(allow_changed="optim"), saved(recipe))
+    descents = recipe.replace(optim=torch.optim.SGD)
+    for other, first in ((AdamW8bit(), recipe), (torch.optim.SGD, recipe), (torch.optim.Adam, descents)):
+        with pytest.raises(ValueError, match=r"optim=.* differs from the .*; resume with the same recipe$"):
+            check_recipe(first.replace(optim=other, allow_changed="optim"), saved(first))
 
 
 def test_a_schedule_that_differs_in_later_steps_is_refused():
