@@ -218,7 +218,7 @@ class Recipe(StepSettings):
             ),
             (
                 self.torch_compile,
-                f"{workers} with torch_compile=True was not tried: leave one out",
+                f"{workers} do not compile their forwards, as torch_compile=True asks: leave one out",
             ),
         ]
 

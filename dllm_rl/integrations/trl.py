@@ -143,7 +143,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         is_adapted = isinstance(model, PeftModel)
         has_adapters = is_adapted or trainer_arguments.get("peft_config") is not None
         reference = copied(policy) if recipe.beta and not has_adapters else None
-        synced, args.sync_ref_model = args.sync_ref_model, False  # TRL's own reference, which is none, would be synced
+        synced, args.sync_ref_model = args.sync_ref_model, False  # TRL has no reference to sync
         if synced and reference is None:
             raise ValueError("sync_ref_model=True needs a copy of the weights as the reference: beta > 0, no adapters")
         args.beta *= is_adapted  # TRL copies given adapters, and would load a reference as a causal model

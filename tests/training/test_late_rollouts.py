@@ -505,7 +505,7 @@ def test_damaged_bytes_are_refused(tmp_path):
             "teacher with late.max_staleness=1 and likelihood='Coupled'",
         ),
         ({"rollout_workers": 1, "rollout_engine": HTTPEngine(), "rollout_quantization": None}, "serves one process"),
-        ({"rollout_workers": 1, "torch_compile": True}, "torch_compile=True was not tried"),
+        ({"rollout_workers": 1, "torch_compile": True}, "do not compile their forwards, as torch_compile=True asks"),
         ({"rollout_workers": 0}, "late: workers=0 must be at least 1"),
     ],
 )

@@ -1,6 +1,12 @@
 """The processes of a run must train alike: what differs between them is refused in each, before the first step."""
 
+from types import SimpleNamespace
+
 from ranks import run_ranks
+from tiny_recipe import tiny_recipe
+
+from dllm_rl.groups import Teacher
+from dllm_rl.training import start
 
 PROGRAM = """
 import itertools, os, random, re, sys
@@ -69,3 +75,12 @@ def test_what_differs_between_the_processes_is_refused_in_each(tmp_path):
     assert told[0] == told[1] and len(told[0]) == 9
     assert first.splitlines()[-1] == second.splitlines()[-1], "equal weights"
     assert not [*tmp_path.glob("run[0-8]/metrics.jsonl")], "refused before a file is written"
+
+
+def test_what_a_teacher_weighs_is_compared_and_where_it_lies_is_not(monkeypatch):
+    compared = []
+    monkeypatch.setattr(start, "check_same", lambda values, processes: compared.append(values))
+    for settings in ({"model": "a"}, {"model": "b"}, {"model": "a", "coeff": 0.5}, {"model": "a", "substeps": 2}):
+        start.check_same_recipe(tiny_recipe("x", teacher=Teacher(**settings)), SimpleNamespace(num_processes=2))
+    here, elsewhere, *others = compared
+    assert here == elsewhere and here not in others
