@@ -77,6 +77,9 @@ def test_options_of_recipes_are_fields_of_theirs():
     found = list(scripts())
     assert len(found) > 20
     for page, script, options in found:
+        if not options:  # also of an example that trains nothing
+            assert script == "RECIPE.py" or (ROOT / script).is_file(), script
+            continue
         try:
             from_command_line(*chosen(script, options))
         except SystemExit:
