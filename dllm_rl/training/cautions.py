@@ -197,8 +197,8 @@ def likelihood_warnings(likelihood: LikelihoodEstimator, sampler: Sampler, *, co
             )
     if not has_exact_ratios and corrects_mismatch:
         warnings.append(
-            f"likelihood={likelihood.name!r} estimates the ratios: with two segments and four-bit rollouts no gain of "
-            "TIS was shown in training (answers of 16 tokens), and other cases were not measured; compare with "
+            f"likelihood={likelihood.name!r} estimates the ratios: with two segments no gain of TIS was shown in "
+            "training (answers of 16 tokens), and other cases were not measured; compare with "
             "corrector=NoCorrection() (docs/mismatch.md)"
         )
     if not has_exact_ratios and cache is not None and cache.kind != "block" and cache.refresh != 1:
