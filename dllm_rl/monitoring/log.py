@@ -278,16 +278,19 @@ def send(tracker: GeneralTracker, values: dict[str, float], step: int) -> None:
 
 
 def send_each(tracker: GeneralTracker, values: dict[str, float], step: int) -> dict[str, Exception]:
-    """Send the numbers one by one; return the reasons of those that the tracker refuses.
+    """Send numbers that were not accepted together; return the reasons of those that the tracker refuses.
 
     The number with the plainest name goes first, and again after each number that was not accepted. If the tracker
     refuses that one, it is not for its name, and the tracker's exception is raised: each further one might wait for a
-    server that does not answer. If the tracker takes it, the other is tried once more, since a single time-out says
-    nothing of its name.
+    server that does not answer. If the tracker takes it, the others are tried together, and each one twice, since a
+    single time-out says nothing of a name.
     """
     reasons: dict[str, Exception] = {}
     first, *others = sorted(values, key=lambda name: not (name.isascii() and name.isidentifier()))
     send(tracker, {first: values[first]}, step)
+    with suppress(Exception):  # any exception of a tracker
+        send(tracker, {name: values[name] for name in others}, step)
+        return {}
     for name in others:
         try:
             send(tracker, {name: values[name]}, step)

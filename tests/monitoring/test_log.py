@@ -258,7 +258,26 @@ def test_a_tracker_that_times_out_is_asked_again_until_it_has_failed_three_steps
     assert out.count("did not accept") == len([step for step in fails if step in tries]) and other in log.trackers
 
 
-@pytest.mark.parametrize("dead", [{1, 2}, {1, 3}, {1, 4, 9}, {2, 5}])
+def test_a_single_time_out_costs_two_more_calls_and_no_number(tmp_path, capsys):
+    """Of a server that is slow each further call may take a minute."""
+    tracker, tries = Picky("run"), []
+    tracker.pattern = ".*"
+    write = tracker.log
+    log = RunLog(tmp_path, start=0, main=True, trackers=[tracker])
+
+    def slow(values, step=None, **_):
+        tries.append(step)
+        if len(tries) == 1:
+            raise TimeoutError("no answer")
+        write(values, step)
+
+    tracker.log = slow
+    log.write(0, dict.fromkeys(["reward", *(f"a/{n}" for n in range(50))], 1.0))
+    assert len(tries) == 3 and {name for _, values in tracker.sent for name in values} >= {"reward", "a/0", "a/49"}
+    assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dead", [{1, 2}, {1, 3}, {1, 3, 5}, {1, 3, 4, 9}, {2, 5}])
 def test_a_tracker_that_times_out_between_numbers_still_gets_each_name(tmp_path, capsys, dead):
     """Of its calls some fail: of a step's numbers all are sent, or the whole step counts as failed."""
     tracker, tries = Picky("run"), []
@@ -288,12 +307,12 @@ def test_a_server_that_dies_between_numbers_is_not_asked_for_each(tmp_path, caps
 
     def dying(values, step=None, **_):
         tries.append(values)
-        if len(tries) not in (2, 3):
+        if len(tries) not in (2, 4):
             raise TimeoutError("no answer")
 
     tracker.log = dying
     log.write(0, dict.fromkeys(["reward", *(f"a/{n}" for n in range(50))], 1.0))
-    assert len(tries) == 5, "all, the plainest, one more, one that fails, the plainest again"
+    assert len(tries) == 6, "all, the plainest, the others, one more, one that fails, the plainest again"
     assert capsys.readouterr().out.count("did not accept the numbers of step 0 (no answer)") == 1
 
 
