@@ -94,6 +94,7 @@ def test_the_draws_are_the_librarys(name):
     ("estimator", "library"),
     [
         ("exact", Trajectory()),
+        ("segments 3", Trajectory(num_segments=3)),
         ("segments 2", Trajectory(num_segments=2)),
         ("segments 1", Trajectory(num_segments=1)),
         ("segments 1", OneStep(prompt_mask=0.0)),
