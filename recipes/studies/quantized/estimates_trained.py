@@ -11,7 +11,7 @@ exact          INT4 without a corrector and with TIS, all eight steps scored
 controls       INT4 and NVFP4 with TIS's weights on other tokens (`Permuted`), and without a corrector at half the rate
 other weights  INT4 and NVFP4 with AIS (the lambda of this library), TBPO with its own loss, the aligned forward, TIS
                with a cap of 1.2 and of 1.5, and TIS's weights divided by their mean over each view's tokens (`MeanOne`)
-fp8            FP8 rollouts (weights alone): no corrector, TIS, permuted, half the rate, AIS (of which there is no claim)
+fp8            FP8 rollouts (weights alone): no corrector, TIS, permuted, half the rate, AIS (without a claim)
 fp8, others    TBPO and the aligned forward with FP8, without claims
 
 The rate is 1e-3, which int4_orders.py tuned in random order for unquantized rollouts, INT4 and INT4 with TIS.
