@@ -17,7 +17,7 @@ from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.monitoring.json_lines import current_rows
 
 ROOT = Path(__file__).parents[2]
-SETTINGS = {"num_steps": 3, "sft_warmup_steps": 8, "sft_warmup_eval_steps": 4, "train_batch_size": 8}
+SETTINGS = {"num_steps": 3, "warmup.steps": 8, "warmup.eval_steps": 4, "train_batch_size": 8}
 SETTINGS |= {"eval_task.size": 20, "validation_task.size": 20, "bf16": "false"}
 STABLE = ["--loss", "recipes.studies.likelihoods.surrogates.StableDRL"]
 STABLE += ["--beta", "0.1", "--kl", "K3", "--kl.bias_correction", "true"]
