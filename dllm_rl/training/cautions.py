@@ -197,9 +197,9 @@ def likelihood_warnings(likelihood: LikelihoodEstimator, sampler: Sampler, *, co
             )
     if not has_exact_ratios and corrects_mismatch:
         warnings.append(
-            f"likelihood={likelihood.name!r} estimates the ratios: with two segments no gain of TIS was shown in "
-            "training (answers of 16 tokens), and other cases were not measured; compare with "
-            "corrector=NoCorrection() (docs/mismatch.md)"
+            f"likelihood={likelihood.name!r} estimates the ratios: with two segments no gain of TIS, nor of AIS on "
+            "FP8 rollouts, was shown in training (answers of 16 tokens), and other cases were not trained; compare "
+            "with corrector=NoCorrection() (docs/mismatch.md)"
         )
     if not has_exact_ratios and cache is not None and cache.kind != "block" and cache.refresh != 1:
         warnings.append(
