@@ -44,8 +44,8 @@ ADVICE = {
     "batch shape": "kernels depend on the batch's shape: set zero_mismatch=True, or accept it as noise",
 }
 ORDER_ADVICE = (
-    "weights of tokens do not correct it; in small models with answers of 16 tokens a cost in reward was not shown, and "
-    "is not excluded; to correct INT4 rollouts by weights, compare an order that does not depend on the weights "
+    "weights of tokens do not correct it; in small models with answers of 16 tokens a cost in reward was not shown, "
+    "and is not excluded; to correct INT4 rollouts by weights, compare an order that does not depend on the weights "
     "(rank=RandomOrder(); recipes/studies/quantized/README.md)"
 )
 NUM_LAYERS = 5  # in a report

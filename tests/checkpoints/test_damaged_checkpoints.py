@@ -307,7 +307,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     from dllm_rl.algorithms.optimizers import AdamW
 
     policy = SMALL()
-    optimizer = AdamW()(policy.module.named_parameters(), 1e-3, (0.9, 0.99), 0.0)
+    optimizer = AdamW()(policy.module.named_parameters(), 1e-3)
     with torch.no_grad():
         next(policy.module.parameters())[0, 0] = float("nan")
     with pytest.raises(FloatingPointError, match=r"step 7 was not saved: .* is not finite"):

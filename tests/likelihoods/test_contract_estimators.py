@@ -143,8 +143,8 @@ UNTRUE = {
     "merged steps": ("exact_for_sampler=True", overriding(lik.Trajectory(num_segments=2), exact_for_sampler=True)),
     "random masks": ("is_random=False", overriding(lik.ELBO(), is_random=False)),
     "random prompts": ("is_random=False", overriding(lik.OneStep(), is_random=False)),
-    "no replay": ("no state of the sampler", overriding(lik.OneStep(prompt_mask=0.5), replays_steps=True)),
-    "pairs of masks": ("no state of the sampler", overriding(lik.Coupled(), replays_steps=True)),
+    "no replay": ("not a state of the sampler", overriding(lik.OneStep(prompt_mask=0.5), replays_steps=True)),
+    "pairs of masks": ("not a state of the sampler", overriding(lik.Coupled(), replays_steps=True)),
     "backwards": ("not in the sampler's order", of_steps(backwards)),
 }
 

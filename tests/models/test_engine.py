@@ -145,7 +145,7 @@ def test_a_run_is_cautioned_and_planned_as_one_whose_rollouts_differ(tmp_path):
     given = {"rollout_quantization": None, "rollout_engine": held_apart(), "corrector": TIS()}
     recipe = tiny_recipe(tmp_path, **given, num_iterations=2, likelihood=Coupled())
     said = cautions(recipe)
-    assert len(said) == 2 and "loss.delta" in said[0] and "no likelihood ratios" in said[1]
+    assert len(said) == 2 and "loss.delta" in said[0] and "estimates the ratios" in said[1]
     assert "rollout engine        not counted" in plan(recipe)
 
 

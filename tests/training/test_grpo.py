@@ -551,7 +551,7 @@ def verls_rows():
 @pytest.mark.parametrize("written", ["short", "as on the page", "whole"])
 def test_verls_names_get_the_translation_of_the_page(name, ours, written):
     given = {"short": name.rpartition(".")[2], "as on the page": name, "whole": f"actor_rollout_ref.{name}"}[written]
-    if given == "train_batch_size":  # the same name
+    if given in ("train_batch_size", "max_prompt_length", "temperature"):  # the same name
         return
     with pytest.raises(
         ValueError, match=rf"^not settings of grpo: {re.escape(given)} \((the nearest is|give) "
@@ -559,9 +559,11 @@ def test_verls_names_get_the_translation_of_the_page(name, ours, written):
         grpo_recipe(tiny_masked_lm(**SMALL), ROWS, right, **{given: 2})
     found = re.search(r"\((?:the nearest is|give) (.*?)\);", str(said.value))[1]
     settings = re.findall(
-        r"\b(?:[a-z]+_[a-z_]+\b|beta|late|loss(?==)|corrector|advantages)", ours.replace("PPOClip", "")
+        r"\b(?:[a-z]+_[a-z_]+\b|beta|late|loss(?==)|lora(?==)|corrector|advantages|model|temperature)",
+        ours.replace("PPOClip", ""),
     )
-    ours = [setting for setting in settings if setting in {field.name for field in fields(Recipe)}]
+    known = {field.name for field in fields(Recipe)} | inspect.signature(grpo_recipe).parameters.keys()
+    ours = [setting for setting in settings if setting in known]
     assert any(setting in found for setting in ours or ["all of whose prompts are in each update"]), (found, ours)
 
 
