@@ -206,13 +206,13 @@ def whole(tmp_path_factory):
 def fail_and_go_on(folder, place, pool=InProcessPool, **changes):
     """Raise in the place, read what is printed, and go on as it says; return the newest step saved and the summary."""
     with pytest.raises(RuntimeError, match=place) as raised:
-        run(folder, pool() if "rollout_workers" in changes else None, fails=place, **changes)
+        run(folder, pool() if "late" in changes else None, fails=place, **changes)
     note = "\n".join(raised.value.__notes__)
     newest = steps(folder)[-1]
     assert f"failed after step {newest} was " in note and "not saved" not in note
     assert f"continue with resume_from_checkpoint='latest', output_dir='{folder}'" in note
     checkpoint.check(checkpoint.folder_of(folder / "checkpoints", newest))
-    pool = pool() if "rollout_workers" in changes else None
+    pool = pool() if "late" in changes else None
     return newest, run(folder, pool, **changes, resume_from_checkpoint="latest")
 
 
@@ -316,7 +316,7 @@ class FailingPool(InProcessPool):
         super().forget(step)
 
 
-LATE = {"rollout_workers": 1, "max_staleness": 1, "prompt_source": prompts(uses_history=False)}
+LATE = {"late": {"workers": 1, "max_staleness": 1}, "prompt_source": prompts(uses_history=False)}
 
 
 @pytest.mark.slow
