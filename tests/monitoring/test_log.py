@@ -222,6 +222,22 @@ def test_a_refused_name_costs_a_tracker_that_number_alone(tmp_path, capsys):
     assert log.trackers == [tracker] and "of step 2 (division by zero): it gets" in capsys.readouterr().out
 
 
+def timing_out(fails):
+    """A tracker that takes every name and times out in the calls of which `fails(number, step)` is true; its calls."""
+    tracker, tries = Picky("run"), []
+    tracker.pattern = ".*"
+    write = tracker.log
+
+    def slow(values, step=None, **_):
+        tries.append(step)
+        if fails(len(tries), step):
+            raise TimeoutError("no answer")
+        write(values, step)
+
+    tracker.log = slow
+    return tracker, tries
+
+
 @pytest.mark.parametrize(
     ("fails", "sent"),
     [
@@ -236,19 +252,9 @@ def test_a_tracker_that_times_out_is_asked_again_until_it_has_failed_three_steps
     tmp_path, capsys, fails, sent
 ):
     """And one that fails costs the other nothing."""
-    tracker, other = Picky("run"), Picky("run 2")
-    other.name, tracker.pattern, other.pattern = "other", ".*", ".*"
-    write = tracker.log
+    (tracker, tries), other = timing_out(lambda number, step: step in fails), Picky("run 2")
+    other.name, other.pattern = "other", ".*"
     log = RunLog(tmp_path, start=0, main=True, trackers=[tracker, other])
-    tries = []
-
-    def slow(values, step=None, **_):
-        tries.append(step)
-        if step in fails:
-            raise TimeoutError("no answer")
-        write(values, step)
-
-    tracker.log = slow
     for step in range(8):
         log.write(step, {"reward": 1.0})
     assert [step for step, _ in tracker.sent] == sent and len(other.sent) == 8
@@ -260,18 +266,8 @@ def test_a_tracker_that_times_out_is_asked_again_until_it_has_failed_three_steps
 
 def test_a_single_time_out_costs_two_more_calls_and_no_number(tmp_path, capsys):
     """Of a server that is slow each further call may take a minute."""
-    tracker, tries = Picky("run"), []
-    tracker.pattern = ".*"
-    write = tracker.log
+    tracker, tries = timing_out(lambda number, step: number == 1)
     log = RunLog(tmp_path, start=0, main=True, trackers=[tracker])
-
-    def slow(values, step=None, **_):
-        tries.append(step)
-        if len(tries) == 1:
-            raise TimeoutError("no answer")
-        write(values, step)
-
-    tracker.log = slow
     log.write(0, dict.fromkeys(["reward", *(f"a/{n}" for n in range(50))], 1.0))
     assert len(tries) == 3 and {name for _, values in tracker.sent for name in values} >= {"reward", "a/0", "a/49"}
     assert "warning" not in capsys.readouterr().out
@@ -280,18 +276,8 @@ def test_a_single_time_out_costs_two_more_calls_and_no_number(tmp_path, capsys):
 @pytest.mark.parametrize("dead", [{1, 2}, {1, 3}, {1, 3, 5}, {1, 3, 4, 9}, {2, 5}])
 def test_a_tracker_that_times_out_between_numbers_still_gets_each_name(tmp_path, capsys, dead):
     """Of its calls some fail: of a step's numbers all are sent, or the whole step counts as failed."""
-    tracker, tries = Picky("run"), []
-    tracker.pattern = ".*"
-    write = tracker.log
+    tracker, _ = timing_out(lambda number, step: number in dead)
     log = RunLog(tmp_path, start=0, main=True, trackers=[tracker])
-
-    def slow(values, step=None, **_):
-        tries.append(step)
-        if len(tries) in dead:
-            raise TimeoutError("no answer")
-        write(values, step)
-
-    tracker.log = slow
     names = ["reward", "a/b", "c/d", "e/f"]
     for step in range(4):
         log.write(step, dict.fromkeys(names, 1.0))
