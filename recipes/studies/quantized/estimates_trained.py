@@ -14,6 +14,8 @@ other weights  INT4 and NVFP4 with AIS (the lambda of this library), TBPO with i
 fp8            FP8 rollouts (weights alone): no corrector, TIS, permuted, half the rate, AIS (without a claim)
 fp8, others    TBPO and the aligned forward with FP8, without claims
 
+The last two were one part when the claims were made. After its first seed, the arms of the claims ran first, then AIS.
+
 The rate is 1e-3, which int4_orders.py tuned in random order for unquantized rollouts, INT4 and INT4 with TIS.
 
 Evaluated on 400 test puzzles, in eight steps: `after` and `quantized` (the learner; the copy that sampled, made of the
